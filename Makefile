@@ -1,0 +1,50 @@
+# demo    install into .venv, then one forward of a small quantised model with an adapter, on the CPU
+# test    install into .venv, then everything that needs no GPU
+# check   the static part of it
+# gpu     the GPU tests, with this machine's own python3 and packages: nothing is installed
+# clean   remove what the others made
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check static gpu clean
+
+demo: $(VENV)/.installed
+	$(BIN)/quant-moelora demo
+
+test: static
+	$(BIN)/python -m pytest
+
+check: static
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+static: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --warnings --pythonpath $(BIN)/python
+
+gpu:
+	$(PYTHON) -m pytest tests -m gpu -q
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find quant_moelora tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A half-made venv is removed, so that the next run starts anew.
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or name it with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$$($(PYTHON) --version) is too old: quant_moelora needs Python 3.11 or newer; name one with make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# setuptools goes first and the build is not isolated: so the pinned one is used, and nothing is downloaded for a build.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation --editable ".[test]"
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,1 @@
+"""Types and Protocols that every part of the library speaks: torch and the standard library only."""

@@ -1,0 +1,97 @@
+"""Routing (what the router decided) and Plan (the order in which the pairs are worked on)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core.checks import check_same_device, check_tensor
+from quant_moelora.core.errors import ShapeError
+
+NO_EXPERT = -1  # expert of a segment that holds nothing
+BASE_SLOT = -1  # slot of a token without an adapter
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Experts, weights and adapter of each of M tokens.
+
+    Pair p = token * k + slot of the top-k is a row of every intermediate.
+
+    Attributes:
+        topk_ids: int32 or int64 [M, k], local expert ids; an id outside 0..E-1 means no expert here.
+        topk_weights: float32 [M, k], router weights.
+        slots: int32 [M], the adapter's slot in the LoRA context, -1 for the base model; None means all base.
+
+    Raises:
+        ShapeError: on a wrong shape, dtype or device. Values are not looked at: that would wait for the device.
+    """
+
+    topk_ids: Tensor  # (M, k) int32 or int64
+    topk_weights: Tensor  # (M, k) float32
+    slots: Tensor | None = None  # (M,) int32
+
+    def __post_init__(self) -> None:
+        if self.topk_ids.ndim != 2 or self.topk_ids.dtype not in (torch.int32, torch.int64):
+            raise ShapeError(
+                "topk_ids",
+                got=f"shape {list(self.topk_ids.shape)}, dtype {self.topk_ids.dtype}",
+                rule="[tokens, k] of int32 or int64",
+                remedy="pass the router's indices, one row a token",
+            )
+        why = f"{self.num_tokens} tokens, k={self.top_k}"
+        check_tensor("topk_weights", self.topk_weights, tuple(self.topk_ids.shape), torch.float32, why=why)
+        tensors = {"topk_ids": self.topk_ids, "topk_weights": self.topk_weights}
+        if self.slots is not None:
+            check_tensor("slots", self.slots, (self.num_tokens,), torch.int32, why=why)
+            tensors["slots"] = self.slots
+        check_same_device(tensors)
+
+    @property
+    def num_tokens(self) -> int:
+        """M."""
+        return self.topk_ids.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        """k."""
+        return self.topk_ids.shape[1]
+
+    @property
+    def num_pairs(self) -> int:
+        """P = M * k."""
+        return self.topk_ids.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Pairs sorted by (expert, slot); its shapes depend on P and E alone, so that a graph can be captured.
+
+    Attributes:
+        rows: int32 [P]; rows[i] is the pair at sorted position i. Pairs without an expert come last.
+        inverse: int32 [P]; inverse[p] is the sorted position of pair p.
+        expert_offsets: int32 [E + 1]; expert e owns sorted positions expert_offsets[e]..expert_offsets[e+1]-1.
+        segments: int32 [P + 1, 3] of (expert, slot, first sorted position), in sorted order. A segment ends where the
+            next one begins. Unused rows, the last one always among them, are (-1, -1, expert_offsets[E]).
+
+    Raises:
+        ShapeError: on a wrong shape, dtype or device.
+    """
+
+    rows: Tensor  # (P,) int32
+    inverse: Tensor  # (P,) int32
+    expert_offsets: Tensor  # (E + 1,) int32
+    segments: Tensor  # (P + 1, 3) int32
+
+    def __post_init__(self) -> None:
+        pairs = self.rows.shape[0]
+        why = f"P={pairs} pairs"
+        check_tensor("rows", self.rows, (pairs,), torch.int32, why=why)
+        check_tensor("inverse", self.inverse, (pairs,), torch.int32, why=why)
+        check_tensor("segments", self.segments, (pairs + 1, 3), torch.int32, why=why)
+        check_tensor(
+            "expert_offsets", self.expert_offsets, (self.expert_offsets.numel(),), torch.int32, why="E + 1 offsets"
+        )
+        check_same_device({"rows": self.rows, "segments": self.segments, "expert_offsets": self.expert_offsets})

@@ -1,0 +1,1 @@
+"""Backends: who computes a layer of experts, and which one is chosen."""

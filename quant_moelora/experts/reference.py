@@ -1,0 +1,60 @@
+"""The reference backend: plain torch on any device, float32 accumulation; the oracle of every other backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core.backend import Prepared, Verdict
+from quant_moelora.core.injection import Injection
+from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.core.routing import Routing
+from quant_moelora.core.workspace import Workspace
+from quant_moelora.kernels.align.reference import align
+from quant_moelora.kernels.grouped_gemm.reference import grouped_gemm
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class ReferenceBackend:
+    """Dequantises one active expert at a time, exactly, and multiplies in float32."""
+
+    name = "reference"
+    fuses: frozenset[str] = frozenset()
+
+    def supports(self, info: MoEQuantInfo, device: torch.device, dtype: torch.dtype, *, lora: bool) -> Verdict:
+        """Serve everything but a shard of a layer and dtypes that no model computes in."""
+        reasons: list[str] = []
+        if dtype not in _DTYPES:
+            reasons.append(f"activation dtype {dtype} is not float32, bfloat16 or float16")
+        if info.shard is not None and info.shard.world_size > 1:
+            reasons.append(f"the layer is shard {info.shard.rank} of {info.shard.world_size}")
+        return Verdict(tuple(reasons))
+
+    def prepare(self, info: MoEQuantInfo, dtype: torch.dtype) -> Prepared:
+        """Nothing to convert: scales are used as the checkpoint stores them, in float32."""
+        return Prepared(info=info, dtype=dtype, tensors={}, lossy=None)
+
+    def workspace(self, info: MoEQuantInfo) -> Workspace:
+        """Buffers on the info's device."""
+        return Workspace(info.device)
+
+    def apply(
+        self,
+        x: Tensor,  # (M, H) prepared.dtype
+        prepared: Prepared,
+        routing: Routing,
+        injection: Injection,
+        workspace: Workspace,
+    ) -> Tensor:  # (M, H) prepared.dtype
+        """Compute the layer; see `ExpertsBackend.apply`."""
+        info, pairs, dtype = prepared.info, routing.num_pairs, prepared.dtype
+        plan = align(routing, info.num_experts)
+        injection.begin(x, routing, plan, workspace)
+        gate_up = workspace.buffer("gate_up", (pairs, info.w13.rows), dtype)
+        grouped_gemm(x, info.w13, plan, routing.top_k, gate_up)
+        h = workspace.buffer("h", (pairs, info.inter_pad), dtype)
+        h = injection.activation(x, gate_up, h, routing, plan, workspace)
+        y = workspace.buffer("y", (pairs, info.hidden_size), dtype)
+        grouped_gemm(h, info.w2, plan, 1, y)
+        return injection.moe_sum(h, y, torch.empty_like(x), routing, plan, workspace)

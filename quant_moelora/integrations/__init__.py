@@ -1,0 +1,1 @@
+"""transformers and PEFT: the only place that changes objects of other libraries."""

@@ -1,0 +1,198 @@
+"""attach_adapters: LoRA adapters on a loaded model, chosen row by row with ``adapter_names``.
+
+Factors of routed experts go into the experts' contexts. PEFT serves the plain linear layers (attention and others) with
+its own mixed-batch forward, which takes the same names.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quant_moelora.core.errors import AdapterError, UnsupportedError
+from quant_moelora.integrations.session import BASE_NAME, AdapterSession
+from quant_moelora.integrations.transformers import FusedExperts, experts_of
+from quant_moelora.loaders.checkpoint import resolve_checkpoint
+from quant_moelora.lora.adapter_file import Adapter, load_adapter
+from quant_moelora.lora.bank import build_context
+
+_ATTACHED = "_quant_moelora_adapters"  # attribute of the model: what attach_adapters has put on it, by name
+_ARGUMENT = "adapter_names"  # PEFT's word
+
+
+def attach_adapters(model: PreTrainedModel, adapters: Mapping[str, str | Path]) -> None:
+    """Attach adapters to a model of `from_pretrained`, in addition to those it has.
+
+    Afterwards ``model(..., adapter_names=[...])`` and ``model.generate(..., adapter_names=[...])`` take one name a row,
+    ``__base__`` for none. Without ``adapter_names`` every row uses the base model.
+
+    Args:
+        model: the model; it must be where it is to stay.
+        adapters: folder (or hub repository) of each adapter, by the name to give it.
+
+    Raises:
+        AdapterError: a name is taken, or an adapter does not fit the model; then none of them is attached.
+        UnsupportedError: the model is not one of `from_pretrained`.
+    """
+    experts = experts_of(model)
+    if not experts:
+        raise UnsupportedError(
+            f"model {type(model).__name__}",
+            got="no experts of this library",
+            rule="a model loaded by quant_moelora.from_pretrained",
+            remedy="load the model with it",
+        )
+    session = next(iter(experts.values())).session
+    attached: dict[str, Adapter] = dict(getattr(model, _ATTACHED, {}))
+    specs = [module.spec for module in experts.values()]
+    loaded: dict[str, Adapter] = {}
+    for name, path in adapters.items():
+        _check_name(name, attached)
+        loaded[name] = load_adapter(resolve_checkpoint(path), specs)
+        _check_linears(model, loaded[name])
+    everything = {**attached, **loaded}
+    contexts = _contexts(experts, everything, model.dtype)
+    for name, adapter in loaded.items():
+        _inject_linears(model, name, adapter)
+    _hook_linears(model, session)
+    for module_name, ctx in contexts.items():
+        moe = experts[module_name].moe
+        assert moe is not None  # from_pretrained
+        moe.attach(ctx)
+    session.names = list(everything)
+    setattr(model, _ATTACHED, everything)
+    if _ARGUMENT not in inspect.signature(model.forward).parameters:
+        model.forward = _with_adapter_names(model.forward, session)
+
+
+def _check_name(name: str, attached: Mapping[str, Adapter]) -> None:
+    if name in attached or name == BASE_NAME or not name or "." in name:
+        raise AdapterError(
+            "adapter name",
+            got=repr(name),
+            rule=f"a new name without dots, other than {BASE_NAME} (attached: {', '.join(attached) or 'none'})",
+            remedy="choose another name",
+        )
+
+
+def _contexts(
+    experts: Mapping[str, FusedExperts], adapters: Mapping[str, Adapter], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Context of every layer that an adapter touches; None for the others."""
+    contexts: dict[str, Any] = {}
+    for name, module in experts.items():
+        assert module.moe is not None  # from_pretrained
+        factors = [adapter.layers.get(module.spec.layer, {}) for adapter in adapters.values()]
+        contexts[name] = build_context(module.moe.info, factors, dtype) if any(factors) else None
+    return contexts
+
+
+def _base_linear(model: nn.Module, name: str) -> nn.Linear | None:
+    """The linear layer of that name, through PEFT's wrapper if it has one; None if there is none."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    if isinstance(module, LoraLayer):
+        module = module.get_base_layer()
+    return module if isinstance(module, nn.Linear) else None
+
+
+def _check_linears(model: nn.Module, adapter: Adapter) -> None:
+    """Raise unless every plain linear of the adapter is one of the model and has its dimensions.
+
+    Raises:
+        AdapterError: it is not.
+    """
+    for name, factor in adapter.linears.items():
+        linear = _base_linear(model, name)
+        if linear is None:
+            raise AdapterError(
+                f"adapter {adapter.path}",
+                got=f"LoRA on {name}, which is no linear layer or routed expert of the model",
+                rule="modules of the model",
+                remedy="attach the adapter to the model it was trained on; routers and embeddings are not served",
+            )
+        rank = factor.a.shape[0]
+        expected = ((rank, linear.in_features), (linear.out_features, rank))
+        if (tuple(factor.a.shape), tuple(factor.b.shape)) != expected:
+            raise AdapterError(
+                f"LoRA of {name} in {adapter.path}",
+                got=f"A {list(factor.a.shape)}, B {list(factor.b.shape)}",
+                rule=f"A [r, {linear.in_features}] and B [{linear.out_features}, r]",
+                remedy="attach the adapter to the model it was trained on",
+            )
+
+
+def _inject_linears(model: PreTrainedModel, name: str, adapter: Adapter) -> None:
+    """Let PEFT put its layers around the adapter's plain linears, and fill them."""
+    if not adapter.linears:
+        return
+    config = copy.deepcopy(adapter.config)
+    config.target_modules = list(adapter.linears)
+    config.target_parameters = None
+    config.exclude_modules = None
+    config.layers_to_transform = None
+    # The ranks of the file, exactly, and alphas that give its scalings without PEFT's patterns entering twice.
+    config.use_rslora = False
+    config.rank_pattern = {module: factor.a.shape[0] for module, factor in adapter.linears.items()}
+    config.alpha_pattern = {module: f.scaling * f.a.shape[0] for module, f in adapter.linears.items()}
+    inject_adapter_in_model(config, model, name)
+    with torch.no_grad():
+        for module_name, factor in adapter.linears.items():
+            module = model.get_submodule(module_name)
+            assert isinstance(module, LoraLayer)  # inject_adapter_in_model
+            for held, tensor in ((module.lora_A[name], factor.a), (module.lora_B[name], factor.b)):
+                held.get_parameter("weight").copy_(tensor).requires_grad_(False)
+
+
+def _hook_linears(model: nn.Module, session: AdapterSession) -> None:
+    """Give every PEFT layer the names of its rows at each call; PEFT's model class would do it, ours is the model."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not getattr(module, _ATTACHED, False):
+            module.register_forward_pre_hook(functools.partial(_pass_names, session), with_kwargs=True)
+            setattr(module, _ATTACHED, True)
+
+
+def _pass_names(
+    session: AdapterSession, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    x: Tensor = args[0]
+    return args, {**kwargs, _ARGUMENT: session.row_names(x.shape[0])}
+
+
+def _with_adapter_names(forward: Callable[..., Any], session: AdapterSession) -> Callable[..., Any]:
+    """``forward`` with ``adapter_names`` in its signature, which is where `generate` looks for it."""
+
+    @functools.wraps(forward)
+    def wrapper(*args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        inputs = args[0] if args else kwargs.get("input_ids")
+        if inputs is None:
+            inputs = kwargs.get("inputs_embeds")
+        if inputs is None:
+            raise AdapterError(
+                "forward",
+                got="neither input_ids nor inputs_embeds",
+                rule="one of them, whose rows adapter_names names",
+                remedy="pass the batch",
+            )
+        with session.choose(adapter_names, inputs.shape[0]):
+            return forward(*args, **kwargs)
+
+    signature = inspect.signature(forward)
+    names = inspect.Parameter(_ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = list(signature.parameters.values())
+    place = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
+    parameters.insert(place, names)
+    wrapper.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    return wrapper

@@ -1,0 +1,39 @@
+"""Parity: the packed model held against the same model with dequantised, unpacked weights in plain transformers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from quant_moelora.integrations.transformers import experts_of
+
+
+def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """The family's own model in float32, with the values that a packed model's codes mean.
+
+    Call it before adapters are attached: PEFT renames the linear layers it wraps.
+    """
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.__dict__.pop("quantization_config", None)
+    twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    state = {name: tensor.to(torch.float32) for name, tensor in model.state_dict().items()}
+    for name, experts in experts_of(model).items():
+        assert experts.moe is not None  # from_pretrained
+        gate, up, down = experts.moe.info.dequantize()
+        state[f"{name}.gate_up_proj"] = up if gate is None else torch.cat((gate, up), dim=1)
+        state[f"{name}.down_proj"] = down
+    twin.load_state_dict(state)
+    return twin.eval()
+
+
+@torch.no_grad()
+def relative_rms(
+    model: PreTrainedModel,
+    twin: PreTrainedModel,
+    input_ids: Tensor,  # (batch, sequence) int64
+) -> float:
+    """Root mean square of the difference of both models' logits over that of the twin's."""
+    expected = twin(input_ids=input_ids).logits.to(torch.float64)
+    got = model(input_ids=input_ids).logits.to(torch.float64)
+    return float((got - expected).norm() / expected.norm())

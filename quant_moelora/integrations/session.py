@@ -1,0 +1,99 @@
+"""AdapterSession: which adapter each row of the running forward uses."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core.errors import AdapterError
+from quant_moelora.core.routing import BASE_SLOT
+
+BASE_NAME = "__base__"  # PEFT's word for a row without an adapter
+
+
+class AdapterSession:
+    """Adapters of one model by name and slot, and the choice that a forward has made among them.
+
+    Attributes:
+        names: attached adapters; the position is the slot.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._rows: tuple[str, ...] | None = None
+        self._slots: Tensor | None = None
+
+    @contextmanager
+    def choose(self, adapter_names: Sequence[str] | None, batch: int) -> Generator[None]:
+        """Use ``adapter_names`` for the rows of a batch while the context lasts; None means the base for all.
+
+        With fewer names than rows each name serves batch / len(names) consecutive rows, as beam search orders them.
+
+        Raises:
+            AdapterError: an unknown name, or a number of names that does not divide the batch.
+        """
+        outer = self._rows, self._slots
+        self._rows = None if adapter_names is None else self._check(tuple(adapter_names), batch)
+        self._slots = None
+        try:
+            yield
+        finally:
+            self._rows, self._slots = outer
+
+    def _check(self, names: tuple[str, ...], batch: int) -> tuple[str, ...]:
+        unknown = sorted(set(names) - {BASE_NAME, *self.names})
+        if unknown:
+            raise AdapterError(
+                "adapter_names",
+                got=f"unknown {', '.join(unknown)}",
+                rule=f"{BASE_NAME} or attached ones: {', '.join(self.names) or 'none is'}",
+                remedy="attach the adapter first, or correct the name",
+            )
+        if not names or batch % len(names):
+            raise AdapterError(
+                "adapter_names",
+                got=f"{len(names)} names for {batch} rows",
+                rule="one name a row, or one for every so many rows",
+                remedy=f"give one name for each request, {BASE_NAME} for a request without an adapter",
+            )
+        return tuple(name for name in names for _ in range(batch // len(names)))
+
+    def row_names(self, rows: int) -> list[str]:
+        """Name of each of ``rows`` rows of a module's input: a batch, or a batch of flattened sequences.
+
+        Raises:
+            AdapterError: the rows are no multiple of the batch, so that they cannot be told apart.
+        """
+        if self._rows is None:
+            return [BASE_NAME] * rows
+        per_row = self._per_row(rows, len(self._rows))
+        return [name for name in self._rows for _ in range(per_row)]
+
+    def token_slots(self, tokens: int, device: torch.device) -> Tensor | None:  # (tokens,) int32
+        """Slot of each token of a flattened batch; None where all use the base.
+
+        Raises:
+            AdapterError: as `row_names`.
+        """
+        if self._rows is None:
+            return None
+        per_row = self._per_row(tokens, len(self._rows))
+        if self._slots is None or self._slots.numel() != tokens or self._slots.device != device:
+            slot = {BASE_NAME: BASE_SLOT} | {name: slot for slot, name in enumerate(self.names)}
+            rows = torch.tensor([slot[name] for name in self._rows], dtype=torch.int32)
+            self._slots = rows.repeat_interleave(per_row).to(device)
+        return self._slots
+
+    @staticmethod
+    def _per_row(total: int, batch: int) -> int:
+        if total % batch:
+            raise AdapterError(
+                "adapter_names",
+                got=f"{total} tokens for a batch of {batch}",
+                rule="the same number of tokens for every row",
+                remedy="pad the batch; packed sequences need explicit adapter ids",
+            )
+        return total // batch

@@ -1,0 +1,276 @@
+"""from_pretrained: a transformers model whose experts are ours.
+
+The quantizer swaps the experts modules while the model is on the meta device and fills them from the checkpoint with
+the library's own loader after transformers has loaded everything else. There is no WeightConverter of ours: one
+loading path serves the library and transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
+from quant_moelora.experts.registry import AUTO, select_backend
+from quant_moelora.integrations.session import AdapterSession
+from quant_moelora.layer import MoEExperts
+from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
+from quant_moelora.loaders.experts import LayerFormat, describe_layers, load_layer
+from quant_moelora.loaders.families import ExpertsSpec, find_experts
+from quant_moelora.loaders.linears import QuantizedLinear, describe_linears
+from quant_moelora.loaders.registry import QUANTIZED_SUFFIXES
+
+logger = logging.getLogger(__name__)
+
+METHOD = "quant_moelora"
+# Checkpoint keys that our own loader reads, so that transformers need not report them.
+_EXPERT_KEYS = r"\.experts\.\d+\."
+_QUANTIZED_KEYS = rf"\.({'|'.join(sorted(QUANTIZED_SUFFIXES))})$"
+_EXPERTS_TARGET = re.compile(r"(^|\.)experts\.")
+
+
+class FusedExperts(nn.Module):
+    """Stands where a family's experts module stood, with its signature.
+
+    Attributes:
+        spec: what the family's module was.
+        session: adapters of the model and those of the running forward.
+        moe: the experts; None until they are loaded.
+    """
+
+    def __init__(self, spec: ExpertsSpec, session: AdapterSession) -> None:
+        super().__init__()
+        self.spec = spec
+        self.session = session
+        self.moe: MoEExperts | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # (tokens, H)
+        top_k_index: Tensor,  # (tokens, k)
+        top_k_weights: Tensor,  # (tokens, k)
+    ) -> Tensor:  # (tokens, H)
+        """Weighted sum of each token's experts, with the adapter of the token's row."""
+        assert self.moe is not None  # the quantizer fills every module or raises
+        slots = self.session.token_slots(hidden_states.shape[0], hidden_states.device)
+        if self.moe.injection.ctx is None:
+            slots = None  # no adapter touches this layer
+        return self.moe(hidden_states, top_k_index, top_k_weights, slots)
+
+
+class QuantMoELoRAConfig(QuantizationConfigMixin):
+    """What transformers carries in ``config.quantization_config`` of a model loaded by `from_pretrained`.
+
+    Args:
+        backend: experts backend.
+    """
+
+    def __init__(self, backend: str = AUTO, **_: Any) -> None:
+        self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue] - an enum of built-in methods
+        self.backend = backend
+
+
+class QuantMoELoRAQuantizer(HfQuantizer):
+    """Puts `FusedExperts` into a model and fills them."""
+
+    def __init__(self, quantization_config: QuantMoELoRAConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        # What transformers itself loads is not quantised. Told so, it casts to the model's dtype as for any model;
+        # transformers 5.17 would otherwise leave every renamed key in the checkpoint's dtype.
+        self.pre_quantized = False
+        self.backend = quantization_config.backend
+        self.session = AdapterSession()
+        self.checkpoint: Checkpoint | None = None
+        self.layers: list[LayerFormat] = []
+        self.linears: list[QuantizedLinear] = []
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        """Find every expert tensor and its format, and a backend for it, before anything is read."""
+        if not checkpoint_files:
+            raise FormatError(
+                "checkpoint",
+                got="no files",
+                rule="safetensors files",
+                remedy="load from a checkpoint, not a state dict",
+            )
+        self.checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
+        specs = find_experts(model)
+        if not specs:
+            raise UnsupportedError(
+                f"model {type(model).__name__}",
+                got="no fused experts module",
+                rule="a Mixture-of-Experts model whose experts are [E, out, in] parameters",
+                remedy="load it with transformers",
+            )
+        self.layers = describe_layers(self.checkpoint, specs)
+        self.linears = describe_linears(self.checkpoint, model)
+        for line in dict.fromkeys(self._report(layer, dtype or model.dtype) for layer in self.layers):
+            logger.info("%s", line)
+        for spec in specs:
+            model.set_submodule(spec.module, FusedExperts(spec, self.session))
+        missing = {rf"^{re.escape(linear.spec.module)}\.weight$" for linear in self.linears}
+        _ignore_keys(model, "missing", missing)
+        _ignore_keys(model, "unexpected", {_EXPERT_KEYS, _QUANTIZED_KEYS})
+        return model
+
+    def _report(self, layer: LayerFormat, dtype: torch.dtype) -> str:
+        info = layer.meta_info()
+        return f"{info.scheme_name}: {select_backend(self.backend, info, torch.device('cpu'), dtype).report}"
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
+        """Drop the family's converters of expert weights: their targets are no parameters of the model any more."""
+        return [
+            conversion
+            for conversion in weight_conversions
+            if not isinstance(conversion, WeightConverter)
+            or not any(_EXPERTS_TARGET.search(target) for target in conversion.target_patterns)
+        ]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Read, pack and place the experts, one layer at a time, and the quantised linear layers."""
+        assert self.checkpoint is not None  # _process_model_before_weight_loading
+        for layer in tqdm(self.layers, desc="Packing experts", unit="layer", disable=None):
+            experts = model.get_submodule(layer.spec.module)
+            block = model.get_submodule(layer.spec.module.rpartition(".")[0])
+            assert isinstance(experts, FusedExperts)
+            device = next(block.parameters()).device  # the router stands beside the experts
+            experts.moe = MoEExperts(load_layer(self.checkpoint, layer, device), self.backend)
+        with torch.no_grad():
+            for linear in self.linears:
+                weight = model.get_submodule(linear.spec.module).get_parameter("weight")
+                weight.copy_(linear.dequantize(self.checkpoint, weight.device))
+        if self.linears:
+            logger.info("%d quantised linear layers beside the experts were dequantised", len(self.linears))
+        return model
+
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - untyped there
+        """Saving the packed model is not possible yet."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - untyped there
+        """Adapters of the experts cannot be trained yet."""
+        return False
+
+
+# transformers keeps a table of methods of its own; as decorators these two would hide the classes from type checkers.
+register_quantization_config(METHOD)(QuantMoELoRAConfig)
+register_quantizer(METHOD)(QuantMoELoRAQuantizer)
+
+
+def from_pretrained(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map: str | int | torch.device | dict[str, Any] | None = None,
+    backend: str = AUTO,
+    revision: str | None = None,
+    token: str | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a Mixture-of-Experts model with packed experts that can carry adapters.
+
+    Args:
+        path: folder of a checkpoint, or a repository of the hub.
+        dtype: activation dtype and that of everything but the experts' codes and scales; None takes the checkpoint's.
+        device_map: one device for the whole model, as a device or ``{"": device}``; None is the CPU.
+        backend: experts backend, or ``auto``.
+        revision: revision of a hub repository.
+        token: token for a hub repository.
+        kwargs: passed to transformers.
+
+    Raises:
+        FormatError: a tensor is missing, misshapen or in contradiction to the config; nothing is returned half-loaded.
+        UnsupportedError: a format, family or device map that is not served.
+        BackendError: no backend serves the model.
+    """
+    folder = resolve_checkpoint(path, revision=revision, token=token)
+    device_map = _single_device(device_map)
+    Checkpoint(folder)  # a damaged file is reported by us, in one way, before transformers opens it
+    config = AutoConfig.from_pretrained(folder, **_pick(kwargs, "trust_remote_code"))
+    config.quantization_config = {"quant_method": METHOD, "backend": backend}
+    if dtype is not None:
+        kwargs["dtype"] = dtype
+    if device_map is not None:
+        kwargs["device_map"] = device_map
+    result: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
+    model, loaded = result
+    _check_loaded(folder, loaded)
+    return model
+
+
+def experts_of(model: nn.Module) -> dict[str, FusedExperts]:
+    """The experts modules of a loaded model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FusedExperts)}
+
+
+def _ignore_keys(model: PreTrainedModel, kind: str, patterns: set[str]) -> None:
+    """Add to the keys that transformers does not report; the attribute is the class's until it is set here."""
+    name = f"_keys_to_ignore_on_load_{kind}"
+    setattr(model, name, {*(getattr(model, name) or ()), *patterns})
+
+
+def _pick(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def _single_device(device_map: str | int | torch.device | dict[str, Any] | None) -> dict[str, Any] | None:
+    """A device map of one device.
+
+    Raises:
+        UnsupportedError: several devices, or a strategy such as "auto" that may choose several.
+    """
+    if device_map is None:
+        return None
+    if isinstance(device_map, dict):
+        devices = set(device_map.values())
+        if len(devices) == 1:
+            return device_map
+    else:
+        try:
+            return {"": torch.device(device_map)}
+        except RuntimeError:
+            pass
+    raise UnsupportedError(
+        "device_map", got=device_map, rule="one device", remedy="name the device, for instance device_map='cuda'"
+    )
+
+
+def _check_loaded(folder: Path, loaded: dict[str, Any]) -> None:
+    """Raise for parameters that transformers left at random values or did not fit; log what was left over."""
+    problems: tuple[tuple[str, Callable[..., FormatError]], ...] = (
+        ("missing_keys", MissingTensorError),
+        ("mismatched_keys", FormatError),
+    )
+    for kind, error in problems:
+        keys = sorted(str(key) for key in loaded.get(kind) or ())
+        if keys:
+            raise error(
+                f"{len(keys)} {kind.replace('_', ' ')} of {folder}",
+                got=", ".join(keys[:5]) + (", ..." if len(keys) > 5 else ""),
+                rule="every parameter of the model in the checkpoint, in its shape",
+                remedy="download the checkpoint again, or use the config that belongs to it",
+            )
+    unexpected = sorted(loaded.get("unexpected_keys") or ())
+    if unexpected:
+        logger.warning("%d tensors of %s belong to nothing in the model: %s", len(unexpected), folder, unexpected[:5])

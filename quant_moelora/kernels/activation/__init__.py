@@ -1,0 +1,1 @@
+"""h = act(gate) * up for every pair."""

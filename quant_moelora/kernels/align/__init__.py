@@ -1,0 +1,1 @@
+"""Sort the pairs of a forward by (expert, adapter)."""

@@ -1,0 +1,40 @@
+"""grouped_gemm in plain torch: one expert at a time, weights dequantised exactly, float32 accumulation."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core.routing import Plan
+from quant_moelora.core.weights import ExpertWeight
+
+
+def grouped_gemm(
+    x: Tensor,  # (R, >= k) float: R = P // rows_per_input
+    weight: ExpertWeight,
+    plan: Plan,
+    rows_per_input: int,
+    out: Tensor,  # (P, halves*n_pad or n) float
+) -> Tensor:
+    """Multiply each pair's row of x with its expert's weight, add the bias, round once into ``out``.
+
+    Pair p reads row p // rows_per_input of x (k for w13, 1 for w2). Only pairs with an expert are written. With
+    halves * n_pad columns the padding is set to 0; with n columns there is none.
+    """
+    offsets = plan.expert_offsets.tolist()
+    stride = out.shape[1] // weight.halves
+    for expert, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        if begin == end:
+            continue
+        pairs = plan.rows[begin:end].to(torch.int64)
+        index = slice(expert, expert + 1)
+        w, bias = weight.dequantize(index)[0], weight.logical_bias(index)
+        rows = x[pairs // rows_per_input, : weight.k].to(torch.float32)
+        product = out.new_zeros(len(pairs), weight.halves, stride, dtype=torch.float32)
+        product[..., : weight.n] = torch.einsum("pk,hnk->phn", rows, w)
+        if bias is not None:
+            product[..., : weight.n] += bias[0]
+        out[pairs] = product.flatten(1).to(out.dtype)
+    return out

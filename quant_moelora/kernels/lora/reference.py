@@ -1,0 +1,97 @@
+"""Shrink and expand in plain torch: one (expert, adapter) segment at a time, float32 throughout."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core.lora_context import A2, A13, B2, B13, DOWN, GATE, NO_FACTOR, UP, MoELoRAContext
+from quant_moelora.core.routing import BASE_SLOT, NO_EXPERT, Plan
+
+
+def shrink13(
+    x: Tensor,  # (M, H) float
+    ctx: MoELoRAContext,
+    plan: Plan,
+    top_k: int,
+    v: Tensor,  # (P, v13_width) float32
+) -> Tensor:
+    """v[p] = A13 x[token of p] for pairs whose adapter has an A13 for their expert; other rows are not written."""
+    for expert, slot, pairs in _segments(plan):
+        ranks = ctx.rank[slot, :, expert].tolist()
+        rows = max(ranks[GATE], int(ctx.up_col[slot, expert]) + ranks[UP])
+        a13 = _factor(ctx, slot, expert, A13, rows, ctx.hidden_size)
+        if a13 is not None:
+            v[pairs, :rows] = x[pairs // top_k].to(torch.float32) @ a13.T
+    return v
+
+
+def expand13(
+    v: Tensor,  # (P, v13_width) float32
+    ctx: MoELoRAContext,
+    plan: Plan,
+    gate_up: Tensor,  # (P, 2*inter_pad, or inter_pad without a gate) float32
+) -> Tensor:
+    """Add scaling * B13 v to gate and up, in place."""
+    inter_pad = ctx.inter_pad
+    for expert, slot, pairs in _segments(plan):
+        gate_rank, up_rank, _ = ctx.rank[slot, :, expert].tolist()
+        b13 = _factor(ctx, slot, expert, B13, inter_pad, gate_rank + up_rank)
+        if b13 is None:
+            continue
+        b_gate, b_up = b13.reshape(-1).split((inter_pad * gate_rank, inter_pad * up_rank))
+        up_col = int(ctx.up_col[slot, expert])
+        parts = ((GATE, b_gate, 0, gate_rank, 0), (UP, b_up, up_col, up_rank, gate_up.shape[1] - inter_pad))
+        for projection, b, v_col, rank, column in parts:
+            delta = v[pairs, v_col : v_col + rank] @ b.view(inter_pad, rank).T
+            gate_up[pairs, column : column + inter_pad] += ctx.scaling[slot, projection, expert] * delta
+    return gate_up
+
+
+def shrink2(
+    h: Tensor,  # (P, inter_pad) float
+    ctx: MoELoRAContext,
+    plan: Plan,
+    v: Tensor,  # (P, v2_width) float32
+) -> Tensor:
+    """v[p] = A2 h[p] for pairs whose adapter has an A2 for their expert; other rows are not written."""
+    for expert, slot, pairs in _segments(plan):
+        rank = int(ctx.rank[slot, DOWN, expert])
+        a2 = _factor(ctx, slot, expert, A2, rank, ctx.inter_pad)
+        if a2 is not None:
+            v[pairs, :rank] = h[pairs].to(torch.float32) @ a2.T
+    return v
+
+
+def expand2(
+    v: Tensor,  # (P, v2_width) float32
+    ctx: MoELoRAContext,
+    plan: Plan,
+    y: Tensor,  # (P, H) float32
+) -> Tensor:
+    """Add scaling * B2 v to y, in place."""
+    for expert, slot, pairs in _segments(plan):
+        rank = int(ctx.rank[slot, DOWN, expert])
+        b2 = _factor(ctx, slot, expert, B2, ctx.hidden_size, rank)
+        if b2 is not None:
+            y[pairs] += ctx.scaling[slot, DOWN, expert] * (v[pairs, :rank] @ b2.T)
+    return y
+
+
+def _segments(plan: Plan) -> Iterator[tuple[int, int, Tensor]]:
+    """(expert, slot, pairs) of every segment that has an adapter."""
+    table = plan.segments.tolist()
+    for (expert, slot, begin), (_, _, end) in itertools.pairwise(table):
+        if expert != NO_EXPERT and slot != BASE_SLOT:
+            yield expert, slot, plan.rows[begin:end].to(torch.int64)
+
+
+def _factor(ctx: MoELoRAContext, slot: int, expert: int, which: int, rows: int, columns: int) -> Tensor | None:
+    """One factor in float32 [rows, columns], or None where the adapter has none."""
+    offset = int(ctx.offsets[slot, which, expert])
+    if offset == NO_FACTOR:
+        return None
+    return ctx.arena[offset : offset + rows * columns].view(rows, columns).to(torch.float32)

@@ -1,0 +1,1 @@
+"""Weighted sum of each token's pairs."""

@@ -1,0 +1,29 @@
+"""moe_sum in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.core.routing import Routing
+
+
+def moe_sum(
+    y: Tensor,  # (P, H) float, row = pair
+    info: MoEQuantInfo,
+    routing: Routing,
+    out: Tensor,  # (M, H) activation dtype
+) -> Tensor:
+    """Sum weight * y over the pairs of a token in float32, in the order of its top-k, and round once.
+
+    Pairs without an expert are left out by their id, since 0 * NaN is NaN.
+    """
+    ids, weights = routing.topk_ids, routing.topk_weights
+    valid = (ids >= 0) & (ids < info.num_experts)
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    rows = y.unflatten(0, ids.shape)
+    for slot in range(routing.top_k):
+        row = torch.where(valid[:, slot, None], rows[:, slot].to(torch.float32), 0.0)
+        total = total + (row if info.router_weight == "input" else row * weights[:, slot, None])
+    return out.copy_(total)

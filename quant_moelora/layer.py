@@ -1,0 +1,153 @@
+"""MoEExperts: a backend, an info and an injection."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from quant_moelora.core.backend import ExpertsBackend, Prepared
+from quant_moelora.core.errors import AdapterError, BackendError, ShapeError
+from quant_moelora.core.injection import Injection
+from quant_moelora.core.lora_context import MoELoRAContext
+from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.core.routing import Routing
+from quant_moelora.core.workspace import Workspace
+from quant_moelora.experts.base_injection import BaseInjection
+from quant_moelora.experts.registry import AUTO, select_backend
+from quant_moelora.lora.injection import LoRAInjection
+
+logger = logging.getLogger(__name__)
+
+
+class MoEExperts(nn.Module):
+    """The routed experts of one layer.
+
+    The info's tensors are held as non-persistent buffers. Moving the module moves them bit for bit; ``.to(dtype)``
+    leaves them alone, since packed codes and raw scales have no other dtype to be in.
+
+    Args:
+        info: the experts' weights.
+        backend: name of a registered backend, or ``auto`` for the first one that serves.
+
+    Raises:
+        BackendError: on the first forward in a dtype that the backend does not serve.
+    """
+
+    def __init__(self, info: MoEQuantInfo, backend: str = AUTO) -> None:
+        super().__init__()
+        self.backend_name = backend
+        self._captured_without_lora = False
+        self._set_info(info)
+
+    def _set_info(self, info: MoEQuantInfo) -> None:
+        self.info = info
+        for name, tensor in info.tensors().items():
+            self.register_buffer(name.replace(".", "_"), tensor, persistent=False)
+        self._base: Injection = BaseInjection(info)
+        self.injection: Injection = self._base
+        self._backend: ExpertsBackend | None = None
+        self._prepared: Prepared | None = None
+        self._workspace: Workspace | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEExperts:
+        """Follow a move to another device and rebuild the info there; dtype casts do not apply."""
+        device = fn(torch.empty(0, dtype=torch.int32, device=self.info.device)).device
+        if device != self.info.device:
+            if self.injection.ctx is not None:
+                raise AdapterError(
+                    "moving experts",
+                    got="adapters attached",
+                    rule="none, since the adapters' addresses must not change",
+                    remedy="move the model first and attach adapters afterwards",
+                )
+            self._set_info(self.info.to(device))
+        return self
+
+    def attach(self, ctx: MoELoRAContext | None) -> None:
+        """Serve the adapters of ``ctx`` from now on (None: none). The injection is built here, once.
+
+        Raises:
+            AdapterError: the context is of other dimensions or on another device.
+            BackendError: a CUDA graph was captured without LoRA and would go on without it.
+        """
+        if ctx is None:
+            self.injection = self._base
+            return
+        info = self.info
+        got = (ctx.num_experts, ctx.hidden_size, ctx.inter_pad, ctx.arena.device)
+        expected = (info.num_experts, info.hidden_size, info.inter_pad, info.device)
+        if got != expected:
+            raise AdapterError(
+                "LoRA context (E, H, inter_pad, device)",
+                got=got,
+                rule=f"the layer's {expected}",
+                remedy="build the context from this layer's info",
+            )
+        if self._captured_without_lora:
+            raise BackendError(
+                "attaching adapters",
+                got="a CUDA graph captured without LoRA",
+                rule="adapters attached before the capture",
+                remedy="attach an adapter first, then capture; adapters can change between replays",
+            )
+        self.injection = LoRAInjection(self._base, ctx)
+
+    @property
+    def backend(self) -> ExpertsBackend | None:
+        """The backend chosen, once a forward has needed one."""
+        return self._backend
+
+    def _prepare(self, dtype: torch.dtype) -> tuple[ExpertsBackend, Prepared, Workspace]:
+        """Backend, its view of the info in ``dtype`` and its buffers; made when the dtype is first seen."""
+        if self._backend is None or self._prepared is None or self._workspace is None or self._prepared.dtype != dtype:
+            selection = select_backend(self.backend_name, self.info, self.info.device, dtype)
+            logger.info("%s", selection.report)
+            self._backend = selection.backend
+            self._prepared = selection.backend.prepare(self.info, dtype)
+            self._workspace = selection.backend.workspace(self.info)
+            if self._prepared.lossy:
+                logger.warning("experts in %s: %s", dtype, self._prepared.lossy)
+        return self._backend, self._prepared, self._workspace
+
+    def forward(
+        self,
+        x: Tensor,  # (M, H) float
+        topk_ids: Tensor,  # (M, k) int, ids outside 0..E-1 = no expert here
+        topk_weights: Tensor,  # (M, k) float
+        adapter_ids: Tensor | None = None,  # (M,) int, slot of each token's adapter, -1 = base
+    ) -> Tensor:  # (M, H) of x's dtype
+        """Weighted sum of each token's experts, with each token's adapter.
+
+        Raises:
+            ShapeError: x is not [M, H].
+            AdapterError: adapter ids are given and no adapter is attached.
+            BackendError: no backend serves x's dtype.
+        """
+        if x.ndim != 2 or x.shape[1] != self.info.hidden_size:
+            raise ShapeError(
+                "x",
+                got=f"shape {list(x.shape)}",
+                rule=f"[tokens, {self.info.hidden_size}]",
+                remedy="flatten batch and sequence into one dimension of tokens",
+            )
+        if adapter_ids is not None and self.injection.ctx is None:
+            raise AdapterError(
+                "adapter_ids", got="ids", rule="None while no adapter is attached", remedy="attach the adapters first"
+            )
+        if x.is_cuda and torch.cuda.is_current_stream_capturing() and self.injection.ctx is None:
+            self._captured_without_lora = True
+        slots = None if adapter_ids is None else adapter_ids.to(torch.int32)
+        routing = Routing(topk_ids, topk_weights.to(torch.float32), slots)
+        backend, prepared, workspace = self._prepare(x.dtype)
+        return backend.apply(x, prepared, routing, self.injection, workspace)
+
+    def extra_repr(self) -> str:
+        """Dimensions, scheme and activation, for `print(model)`."""
+        info = self.info
+        return (
+            f"experts={info.num_experts}, hidden={info.hidden_size}, intermediate={info.intermediate_size}, "
+            f"scheme={info.scheme_name}, activation={info.activation.name}"
+        )

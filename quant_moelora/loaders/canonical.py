@@ -1,0 +1,69 @@
+"""CanonicalWeight: what every format decodes to, before packing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core.scheme import QuantScheme
+
+
+@dataclass(frozen=True, eq=False)
+class CanonicalWeight:
+    """Codes, scales and zero points of a weight [N, K] in the checkpoint's own column order.
+
+    Any number of leading dimensions (experts) may stand in front. w[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g]
+    with g = g_idx[k], or k // group_size without one; zeros are 2**(bits-1) for a symmetric scheme.
+
+    Attributes:
+        scheme: what the codes mean.
+        codes: uint8 [..., N, K].
+        scales: scheme.scale_dtype [..., N, G].
+        zeros: uint8 [..., N, G], or None for a symmetric scheme.
+        g_idx: int32 [..., K], group of each column; None where it is k // group_size.
+    """
+
+    scheme: QuantScheme
+    codes: Tensor  # (..., N, K) uint8
+    scales: Tensor  # (..., N, G) scheme.scale_dtype
+    zeros: Tensor | None  # (..., N, G) uint8
+    g_idx: Tensor | None  # (..., K) int32
+
+    def dequantize(self) -> Tensor:  # (..., N, K) float32
+        """The definition above, evaluated in float32."""
+        k = self.codes.shape[-1]
+        if self.g_idx is None:
+            size = k if self.scheme.group_size is None else self.scheme.group_size
+            group = torch.arange(k, device=self.codes.device) // size
+        else:
+            group = self.g_idx.to(torch.int64)
+        index = group.unsqueeze(-2).expand(self.codes.shape)
+        zero = self.scheme.symmetric_zero if self.zeros is None else self.zeros.to(torch.float32).gather(-1, index)
+        return (self.codes.to(torch.float32) - zero) * self.scales.to(torch.float32).gather(-1, index)
+
+
+def trivial_g_idx(
+    g_idx: Tensor,  # (..., K) integer
+    group_size: int | None,
+) -> bool:
+    """Whether every column k belongs to group k // group_size, so that the map says nothing."""
+    k = g_idx.shape[-1]
+    plain = torch.arange(k, device=g_idx.device) // (k if group_size is None else group_size)
+    return bool((g_idx == plain).all())
+
+
+def unpack_words(
+    words: Tensor,  # (...) int32
+    bits: int,
+    dim: int,
+) -> Tensor:  # uint8, 32/bits times as long along dim
+    """Split int32 words along ``dim`` into their codes, lowest bits first.
+
+    The mask comes after the shift because the shift of an int32 is arithmetic.
+    """
+    dim = dim % words.ndim
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    codes = (words.unsqueeze(dim + 1) >> shifts.view(-1, *([1] * (words.ndim - dim - 1)))) & ((1 << bits) - 1)
+    return codes.to(torch.uint8).flatten(dim, dim + 1)

@@ -1,0 +1,202 @@
+"""Checkpoint: the safetensors files of a model, read lazily, with headers and raw configs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from quant_moelora.core.errors import FormatError, MissingTensorError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+# Where a quantisation config may stand beside config.json (gptqmodel writes the first, AutoAWQ the second).
+QUANT_CONFIG_FILES = ("quantize_config.json", "quant_config.json")
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a file's header says of a tensor: no data is read.
+
+    Attributes:
+        key: name in the checkpoint.
+        dtype: torch dtype, or None for one that torch does not have.
+        shape: its shape.
+        file: the file it is in.
+    """
+
+    key: str
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    file: Path
+
+    @property
+    def where(self) -> str:
+        """``key in file``, for messages."""
+        return f"{self.key} in {self.file.name}"
+
+
+class Checkpoint:
+    """A folder with config.json and safetensors files.
+
+    Attributes:
+        path: the folder.
+        config: config.json as it stands.
+        quantization: the raw quantisation config (of config.json, of its text model, or of a file beside it), or {}.
+        headers: every tensor's header, by key.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Read configs and headers.
+
+        Raises:
+            FormatError: a file is missing, unreadable, truncated or contradicts the index.
+        """
+        self.path = Path(path)
+        self.config = _read_json(self.path / "config.json")
+        self.quantization = self._find_quantization()
+        self.headers: dict[str, TensorHeader] = {}
+        self._open: dict[Path, Any] = {}
+        weight_map = self._weight_map()
+        for file in sorted(set(weight_map.values())):
+            self._read_headers(file)
+        for key, file in weight_map.items():
+            if key and (key not in self.headers or self.headers[key].file != file):
+                raise FormatError(
+                    f"{key} of {INDEX_FILE}",
+                    got=f"no such tensor in {file.name}",
+                    rule="every tensor of the index in the file it names",
+                    remedy="download the checkpoint again",
+                )
+
+    def _find_quantization(self) -> dict[str, Any]:
+        for config in (self.config, self.config.get("text_config") or {}):
+            if config.get("quantization_config"):
+                return dict(config["quantization_config"])
+        for name in QUANT_CONFIG_FILES:
+            if (self.path / name).is_file():
+                return _read_json(self.path / name)
+        return {}
+
+    def _weight_map(self) -> dict[str, Path]:
+        """File of each key; the key is empty where there is no index and every tensor of the file counts."""
+        if (self.path / INDEX_FILE).is_file():
+            weight_map = _read_json(self.path / INDEX_FILE).get("weight_map")
+            if not isinstance(weight_map, Mapping):
+                raise FormatError(
+                    INDEX_FILE, got="no weight_map", rule="a weight_map", remedy="download the index again"
+                )
+            return {key: self.path / str(file) for key, file in weight_map.items()}
+        if (self.path / SINGLE_FILE).is_file():
+            return {"": self.path / SINGLE_FILE}
+        raise FormatError(
+            f"checkpoint {self.path}",
+            got="no weights",
+            rule=f"{SINGLE_FILE} or {INDEX_FILE}",
+            remedy="save the model as safetensors; other weight files are not read",
+        )
+
+    def _read_headers(self, file: Path) -> None:
+        handle = self._handle(file)
+        for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+            tensor = handle.get_slice(key)
+            self.headers[key] = TensorHeader(key, _DTYPES.get(tensor.get_dtype()), tuple(tensor.get_shape()), file)
+
+    def _handle(self, file: Path) -> Any:
+        """The open file; data is mapped, not read."""
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise FormatError(
+                    f"weights file {file.name} in {self.path}",
+                    got=f"{type(error).__name__}: {error}",
+                    rule="a whole safetensors file",
+                    remedy="download it again",
+                ) from error
+        return self._open[file]
+
+    def read(self, key: str) -> Tensor:
+        """The tensor ``key`` on the CPU.
+
+        Raises:
+            MissingTensorError: the checkpoint has no such tensor.
+        """
+        header = self.headers.get(key)
+        if header is None:
+            raise MissingTensorError(
+                key, got="no such tensor", rule=f"it in {self.path}", remedy="download the checkpoint again"
+            )
+        return self._handle(header.file).get_tensor(key)
+
+    def modules(self) -> dict[str, dict[str, TensorHeader]]:
+        """Headers by module and suffix: ``modules()["model.layers.0.mlp.gate"]["weight"]``."""
+        grouped: dict[str, dict[str, TensorHeader]] = {}
+        for key, header in self.headers.items():
+            module, _, suffix = key.rpartition(".")
+            grouped.setdefault(module, {})[suffix] = header
+        return grouped
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files."""
+        return sum(file.stat().st_size for file in self._open)
+
+
+def resolve_checkpoint(path: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder of a checkpoint: ``path`` itself, or a snapshot of the hub repository of that name.
+
+    Only configs, tokenizer files and safetensors are downloaded.
+
+    Raises:
+        FormatError: there is no such folder, and the hub does not give one.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(str(path), revision=revision, token=token, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FormatError(
+            f"checkpoint {path}",
+            got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            rule="a folder with config.json and safetensors files, or a repository of the hub",
+            remedy="check the path; offline, download the repository first",
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(
+            str(file), got=f"{type(error).__name__}: {error}", rule="a JSON object", remedy="download it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise FormatError(str(file), got=type(content).__name__, rule="a JSON object", remedy="download it again")
+    return content

@@ -1,0 +1,188 @@
+"""load_experts: the experts of one layer of a checkpoint as MoEQuantInfo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core.errors import FormatError, UnsupportedError
+from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.core.scheme import num_groups
+from quant_moelora.loaders.canonical import CanonicalWeight
+from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
+from quant_moelora.loaders.codec import Codec, LinearFormat
+from quant_moelora.loaders.families import (
+    ExpertsSpec,
+    LayerKeys,
+    Projection,
+    build_skeleton,
+    check_complete,
+    expert_keys,
+    find_experts,
+)
+from quant_moelora.loaders.pack import Weight, build_info
+from quant_moelora.loaders.registry import find_codec
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """How the experts of one layer are stored: nothing of their data has been read.
+
+    Attributes:
+        spec: the layer's experts in the model.
+        keys: their tensors in the checkpoint.
+        formats: format of each projection, the same for all experts.
+        codecs: the codec of each projection.
+    """
+
+    spec: ExpertsSpec
+    keys: LayerKeys
+    formats: dict[Projection, LinearFormat]
+    codecs: dict[Projection, Codec]
+
+    def meta_info(self) -> MoEQuantInfo:
+        """An info without data, on the meta device, for asking backends whether they would serve it.
+
+        Whether act-order permutes columns is in the data, so that it shows no permutation.
+        """
+        spec = self.spec
+        hidden, inter = spec.hidden_size, spec.intermediate_size
+        w13 = self._meta_weight("up", spec.activation.halves, inter, hidden)
+        return build_info(w13, self._meta_weight("down", 1, hidden, inter), spec.activation)
+
+    def _meta_weight(self, projection: Projection, halves: int, n: int, k: int) -> Weight:
+        scheme, shape = self.formats[projection].scheme, (self.spec.num_experts, halves, n)
+        if scheme is None:
+            return torch.empty(*shape, k, dtype=self.keys[0, projection].headers["weight"].dtype, device="meta")
+        groups = num_groups(k, scheme.group_size)
+        return CanonicalWeight(
+            scheme=scheme,
+            codes=torch.empty(*shape, k, dtype=torch.uint8, device="meta"),
+            scales=torch.empty(*shape, groups, dtype=scheme.scale_dtype, device="meta"),
+            zeros=None if scheme.symmetric else torch.empty(*shape, groups, dtype=torch.uint8, device="meta"),
+            g_idx=None,
+        )
+
+
+def load_experts(path: str | Path, layer: int, device: torch.device | str = "cpu") -> MoEQuantInfo:
+    """The experts of one layer, packed.
+
+    Args:
+        path: folder of a checkpoint, or a repository of the hub.
+        layer: number of the layer, as the checkpoint counts.
+        device: where the packed tensors go.
+
+    Raises:
+        FormatError: a tensor is missing or misshapen, or the files contradict each other.
+        UnsupportedError: a format or model family that is not served, or a layer without routed experts.
+    """
+    checkpoint = Checkpoint(resolve_checkpoint(path))
+    specs = {spec.layer: spec for spec in find_experts(build_skeleton(checkpoint))}
+    if layer not in specs:
+        raise UnsupportedError(
+            "layer",
+            got=layer,
+            rule=f"a layer with routed experts: {', '.join(map(str, specs)) or 'the model has none'}",
+            remedy="choose one of them",
+        )
+    return load_layer(checkpoint, describe_layers(checkpoint, [specs[layer]])[0], device)
+
+
+def describe_layers(checkpoint: Checkpoint, specs: list[ExpertsSpec]) -> list[LayerFormat]:
+    """Find the tensors of the layers' experts and their formats, from headers and config alone.
+
+    Raises:
+        MissingTensorError, FormatError, UnsupportedError: see `load_experts`.
+    """
+    found = expert_keys(checkpoint)
+    return [_describe_layer(checkpoint, spec, found.get(spec.layer, {})) for spec in specs]
+
+
+def _describe_layer(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) -> LayerFormat:
+    check_complete(spec, keys, checkpoint)
+    formats: dict[Projection, LinearFormat] = {}
+    codecs: dict[Projection, Codec] = {}
+    for (_, projection), held in sorted(keys.items()):
+        linear = spec.linear(held.module, projection)
+        codec = find_codec(linear, held.headers, checkpoint.quantization)
+        fmt = codec.describe(linear, held.headers, checkpoint.quantization)
+        first = formats.setdefault(projection, fmt)
+        codecs.setdefault(projection, codec)
+        _check_same(fmt, first, held.module, f"the {projection} projection of the layer's other experts")
+    if "gate" in formats:
+        _check_same(formats["gate"], formats["up"], f"{spec.module} gate", "up, which shares a weight with it")
+    return LayerFormat(spec, keys, formats, codecs)
+
+
+def _check_same(fmt: LinearFormat, other: LinearFormat, module: str, whose: str) -> None:
+    if fmt != other:
+        names = [f.scheme.name if f.scheme else "none" for f in (fmt, other)]
+        raise UnsupportedError(
+            f"format of {module}",
+            got=f"{fmt.codec} {names[0]} with {', '.join(fmt.tensors)}",
+            rule=f"{other.codec} {names[1]} with {', '.join(other.tensors)}, the format of {whose}",
+            remedy="quantise gate and up of all experts of a layer alike",
+        )
+
+
+def load_layer(checkpoint: Checkpoint, layer: LayerFormat, device: torch.device | str) -> MoEQuantInfo:
+    """Read, decode and pack one layer; peak extra memory is that of the layer.
+
+    Raises:
+        FormatError: the data contradicts the config, or is not finite.
+    """
+    halves: list[Projection] = [p for p in layer.spec.projections if p != "down"]
+    w13 = _stack([_read_projection(checkpoint, layer, p, device) for p in halves])
+    w2 = _stack([_read_projection(checkpoint, layer, "down", device)])
+    return build_info(w13, w2, layer.spec.activation)
+
+
+def _read_projection(
+    checkpoint: Checkpoint, layer: LayerFormat, projection: Projection, device: torch.device | str
+) -> Weight:
+    """One projection of all experts, [E, N, K]."""
+    fmt = layer.formats[projection]
+    held = [layer.keys[expert, projection] for expert in range(layer.spec.num_experts)]
+    tensors = {
+        suffix: torch.stack([checkpoint.read(h.headers[suffix].key) for h in held]).to(device) for suffix in fmt.tensors
+    }
+    linear = layer.spec.linear(f"{layer.spec.module} ({projection})", projection)
+    weight = layer.codecs[projection].decode(tensors, linear, fmt)
+    values: Tensor = weight.scales if isinstance(weight, CanonicalWeight) else weight
+    if not bool(torch.isfinite(values).all()):
+        bad = int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])
+        raise FormatError(
+            f"{'scales' if fmt.scheme else 'weight'} of {held[bad].module}",
+            got="values that are not finite",
+            rule="finite values",
+            remedy="the checkpoint is damaged, or the quantisation failed: download or quantise again",
+        )
+    return weight
+
+
+def _stack(parts: list[Any]) -> Weight:
+    """Projections [E, N, K] side by side as halves [E, halves, N, K]."""
+    if isinstance(parts[0], Tensor):
+        return torch.stack(parts, dim=1)
+
+    def stacked(name: str) -> Tensor | None:
+        held = [getattr(part, name) for part in parts]
+        return None if held[0] is None else torch.stack(held, dim=1)
+
+    codes, scales, zeros = (stacked(name) for name in ("codes", "scales", "zeros"))
+    assert codes is not None and scales is not None
+    return CanonicalWeight(parts[0].scheme, codes, scales, zeros, _stack_g_idx(parts))
+
+
+def _stack_g_idx(parts: list[CanonicalWeight]) -> Tensor | None:
+    """g_idx [E, halves, K]; None if no part has a map that says anything."""
+    if all(part.g_idx is None for part in parts):
+        return None
+    experts, _, k = parts[0].codes.shape
+    device = parts[0].codes.device
+    plain = (torch.arange(k, dtype=torch.int32, device=device) // (parts[0].scheme.group_size or k)).expand(experts, k)
+    return torch.stack([plain if part.g_idx is None else part.g_idx for part in parts], dim=1)

@@ -1,0 +1,230 @@
+"""Families: what transformers says of a model's experts, and where a checkpoint keeps them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import nn
+
+from quant_moelora.core.activations import Activation, ActivationName
+from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
+from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader
+from quant_moelora.loaders.codec import LinearSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Projection = Literal["gate", "up", "down"]
+# Spellings of a projection in checkpoints. Mixtral, Phi-MoE and MiniMax say w1, w3, w2.
+PROJECTIONS: dict[str, Projection] = {
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
+}
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# model.layers.3.mlp.experts.17.gate_proj
+_EXPERT_MODULE = re.compile(
+    rf"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?P<expert>\d+)\.(?P<projection>{'|'.join(PROJECTIONS)})"
+)
+# Names of transformers' activations and ours.
+_ACTIVATIONS: dict[str, ActivationName] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_PARAMETERS = {"gate_up_proj", "down_proj"}
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """The experts module of one layer, as transformers builds it.
+
+    Attributes:
+        module: its name in the model.
+        layer: number of its layer.
+        num_experts: E.
+        hidden_size: H.
+        intermediate_size: I.
+        activation: what stands between its projections.
+    """
+
+    module: str
+    layer: int
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    activation: Activation
+
+    def linear(self, name: str, projection: Projection) -> LinearSpec:
+        """One projection of one expert, called ``name`` in the checkpoint."""
+        n, k = self.intermediate_size, self.hidden_size
+        return LinearSpec(name, k, n) if projection == "down" else LinearSpec(name, n, k)
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """Projections that each expert has."""
+        return ("gate", "up", "down") if self.activation.gated else ("up", "down")
+
+
+@dataclass(frozen=True)
+class ExpertKeys:
+    """Tensors of one projection of one expert in a checkpoint: its module's name there, and headers by suffix."""
+
+    module: str
+    headers: Mapping[str, TensorHeader]
+
+
+LayerKeys = dict[tuple[int, Projection], ExpertKeys]  # by expert and projection
+
+
+def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model of a checkpoint on the meta device: shapes, no data.
+
+    Raises:
+        UnsupportedError: transformers does not know the model type.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path)
+        config.__dict__.pop("quantization_config", None)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError) as error:
+        raise UnsupportedError(
+            f"model type {checkpoint.config.get('model_type')} of {checkpoint.path}",
+            got=str(error).splitlines()[0],
+            rule="a causal language model of the installed transformers",
+            remedy="install a version of transformers that has it",
+        ) from error
+
+
+def find_experts(model: nn.Module) -> list[ExpertsSpec]:
+    """Every fused experts module of a transformers model, in the order of its layers.
+
+    Raises:
+        UnsupportedError: an experts module that does something else than down(act(gate) * up).
+    """
+    return [_spec(name, module) for name, module in model.named_modules() if is_experts_module(module)]
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether a module is one of transformers' fused experts: 3-D parameters, one slice an expert."""
+    down = getattr(module, "down_proj", None)
+    return isinstance(down, nn.Parameter) and down.ndim == 3
+
+
+def _spec(name: str, module: nn.Module) -> ExpertsSpec:
+    reasons = list(_refusals(module))
+    layer = _LAYER.search(name)
+    if layer is None:
+        reasons.append("it is in no numbered layer")
+    activation = _activation(module)
+    if activation is None:
+        reasons.append(f"its activation {type(getattr(module, 'act_fn', None)).__name__} is not known here")
+    if reasons or layer is None or activation is None:
+        raise UnsupportedError(
+            f"experts module {name} ({type(module).__name__})",
+            got="; ".join(reasons),
+            rule="gate_up_proj [E, 2I, H] and down_proj [E, H, I] with act(gate) * up between them",
+            remedy="this family is not served",
+        )
+    down = module.down_proj
+    assert isinstance(down, nn.Parameter)  # is_experts_module
+    num_experts, hidden_size, intermediate_size = down.shape
+    return ExpertsSpec(name, int(layer[1]), num_experts, hidden_size, intermediate_size, activation)
+
+
+def _refusals(module: nn.Module) -> Iterator[str]:
+    """Why an experts module cannot be served."""
+    from transformers.integrations import moe
+
+    parameters = {name for name, _ in module.named_parameters()}
+    if parameters != _PARAMETERS:
+        yield f"it has parameters {', '.join(sorted(parameters))}"
+    for flag, usual in (("is_transposed", False), ("has_bias", False), ("has_gate", True), ("is_concatenated", True)):
+        if getattr(module, flag, usual) != usual:
+            yield f"{flag} is {not usual}"
+    usual_gate = moe._default_apply_gate  # pyright: ignore[reportPrivateUsage] - transformers has no public name for it
+    if getattr(type(module), "_apply_gate", None) is not usual_gate:
+        yield "it combines gate and up in its own way"
+
+
+def _activation(module: nn.Module) -> Activation | None:
+    """Our name of a module's activation function, found by its class."""
+    from transformers.activations import ACT2FN
+
+    act_fn = getattr(module, "act_fn", None)
+    for name, ours in _ACTIVATIONS.items():
+        if type(act_fn) is type(ACT2FN[name]):
+            return Activation(ours)
+    return None
+
+
+def parse_expert_module(module: str) -> tuple[int, int, Projection] | None:
+    """Layer, expert and projection that the name of a per-expert module means; None for any other module."""
+    match = _EXPERT_MODULE.fullmatch(module)
+    return match and (int(match["layer"]), int(match["expert"]), PROJECTIONS[match["projection"]])
+
+
+def expert_keys(checkpoint: Checkpoint) -> dict[int, LayerKeys]:
+    """Tensors of every expert, by layer.
+
+    Raises:
+        FormatError: two spellings of one projection.
+    """
+    layers: dict[int, LayerKeys] = {}
+    for module, headers in checkpoint.modules().items():
+        parsed = parse_expert_module(module)
+        if parsed is None:
+            continue
+        number, expert, projection = parsed
+        layer = layers.setdefault(number, {})
+        if (expert, projection) in layer:
+            raise FormatError(
+                f"expert {expert} of layer {number}",
+                got=f"{layer[expert, projection].module} and {module}",
+                rule=f"one set of tensors for its {projection} projection",
+                remedy="remove one of the two from the checkpoint",
+            )
+        layer[expert, projection] = ExpertKeys(module, headers)
+    return layers
+
+
+def check_complete(spec: ExpertsSpec, found: LayerKeys, checkpoint: Checkpoint) -> None:
+    """Raise unless ``found`` has every projection of every expert of a layer, and nothing else.
+
+    Raises:
+        MissingTensorError: an expert's projection is not in the checkpoint.
+        FormatError: the checkpoint has more experts than the model.
+    """
+    wanted = {(expert, p) for expert in range(spec.num_experts) for p in spec.projections}
+    missing = sorted(wanted - found.keys())
+    if missing:
+        expert, projection = missing[0]
+        name = f"{spec.module}.{expert}.{projection}_proj"
+        if found:
+            name += f" or, as its other experts are called, like {next(iter(found.values())).module}"
+        raise MissingTensorError(
+            f"{projection} projection of expert {expert} in layer {spec.layer} ({spec.module})",
+            got=f"no tensors for it in {checkpoint.path} ({len(missing)} of {len(wanted)} projections are missing)",
+            rule=f"tensors of {name}",
+            remedy="download the checkpoint again, or correct the number of experts in config.json",
+        )
+    surplus = sorted(found.keys() - wanted)
+    if surplus:
+        extra = found[surplus[0]]
+        raise FormatError(
+            f"experts of layer {spec.layer}",
+            got=f"{extra.module} in {next(iter(extra.headers.values())).file.name}",
+            rule=f"experts 0 to {spec.num_experts - 1}, as config.json says",
+            remedy="correct the number of experts in config.json",
+        )

@@ -1,0 +1,114 @@
+"""GPTQ, as AutoGPTQ, gptqmodel and auto-round write it.
+
+Tensors (gptqmodel, nn_modules/qlinear): qweight int32 [K*bits/32, N], packed along K; qzeros int32
+[G, N*bits/32], packed along N; scales float16 or bfloat16 [G, N]; g_idx int32 [K], optional. Codes run from the lowest
+bits up.
+
+The "v1" files (checkpoint_format "gptq") hold zero points minus one, subtracted from whole words (0x11111111 for
+int4), so that a zero point of 0 borrows from its neighbour: only adding the whole word back with wrap-around undoes it.
+"gptq_v2" files hold the zero points themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core.errors import FormatError, UnsupportedError
+from quant_moelora.core.scheme import SCALE_DTYPES, SUPPORTED_BITS, QuantScheme, num_groups
+from quant_moelora.loaders.canonical import CanonicalWeight, trivial_g_idx, unpack_words
+from quant_moelora.loaders.codec import (
+    Headers,
+    LinearFormat,
+    LinearSpec,
+    check_agrees,
+    check_header,
+    normalise_group_size,
+)
+
+V1, V2 = "gptq", "gptq_v2"
+_V1_OFFSET = {4: 0x11111111, 8: 0x01010101}
+
+
+class GPTQ:
+    """Codec of GPTQ v1 and v2, int4 and int8."""
+
+    name = "gptq"
+    required = frozenset({"qweight", "qzeros", "scales"})
+    optional = frozenset({"g_idx"})
+
+    def fits(self, spec: LinearSpec, headers: Headers) -> bool:
+        """GPTQ packs along K, so that qweight has N columns."""
+        return any(headers["qweight"].shape == (spec.k * bits // 32, spec.n) for bits in SUPPORTED_BITS)
+
+    def describe(self, spec: LinearSpec, headers: Headers, config: Mapping[str, Any]) -> LinearFormat:
+        """See `Codec.describe`."""
+        version = config.get("checkpoint_format") or config.get("format") or V1
+        if version not in (V1, V2):
+            raise UnsupportedError(
+                f"checkpoint_format of {spec.module}",
+                got=version,
+                rule=f"{V1} or {V2}",
+                remedy="convert the checkpoint with gptqmodel",
+            )
+        declared_bits = config.get("bits")
+        found = [bits for bits in SUPPORTED_BITS if headers["qweight"].shape == (spec.k * bits // 32, spec.n)]
+        bits = found[0] if found else declared_bits
+        if bits not in SUPPORTED_BITS:
+            raise UnsupportedError(
+                f"bits of {spec.module}", got=bits, rule="4 or 8", remedy="requantise the model to int4 or int8"
+            )
+        what = f"GPTQ int{bits}"
+        check_header(headers["qweight"], spec, (spec.k * bits // 32, spec.n), (torch.int32,), what)
+        check_agrees("bits", spec, bits, declared_bits)
+        group_size = normalise_group_size(config.get("group_size"))
+        groups = num_groups(spec.k, group_size)
+        what = f"{what} group_size {group_size}"
+        check_header(headers["scales"], spec, (groups, spec.n), SCALE_DTYPES, what)
+        check_header(headers["qzeros"], spec, (groups, spec.n * bits // 32), (torch.int32,), what)
+        if "g_idx" in headers:
+            check_header(headers["g_idx"], spec, (spec.k,), (torch.int32,), what)
+        scale_dtype = headers["scales"].dtype
+        assert scale_dtype is not None  # check_header
+        scheme = QuantScheme(bits, group_size, bool(config.get("sym", True)), scale_dtype)
+        return LinearFormat(self.name, scheme, tuple(sorted(headers)), (version,))
+
+    def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec, fmt: LinearFormat) -> CanonicalWeight:
+        """See `Codec.decode`."""
+        scheme = fmt.scheme
+        assert scheme is not None  # describe
+        stored = tensors["qzeros"]
+        if V1 in fmt.options:
+            stored = stored + _V1_OFFSET[scheme.bits]  # int32 addition wraps
+        zeros = unpack_words(stored, scheme.bits, -1)
+        if scheme.symmetric:
+            check_symmetric(zeros, spec, scheme)
+        g_idx = tensors.get("g_idx")
+        if g_idx is not None and trivial_g_idx(g_idx, scheme.group_size):
+            g_idx = None
+        return CanonicalWeight(
+            scheme=scheme,
+            codes=unpack_words(tensors["qweight"], scheme.bits, -2).transpose(-1, -2).contiguous(),
+            scales=tensors["scales"].transpose(-1, -2).contiguous(),
+            zeros=None if scheme.symmetric else zeros.transpose(-1, -2).contiguous(),
+            g_idx=g_idx,
+        )
+
+
+def check_symmetric(
+    zeros: Tensor,  # (...) uint8
+    spec: LinearSpec,
+    scheme: QuantScheme,
+) -> None:
+    """Raise FormatError unless all zero points are those of a symmetric weight."""
+    wrong = zeros[zeros != scheme.symmetric_zero]
+    if wrong.numel():
+        raise FormatError(
+            f"qzeros of {spec.module}",
+            got=f"zero point {int(wrong[0])}",
+            rule=f"{scheme.symmetric_zero} everywhere, since the config says that the weights are symmetric",
+            remedy="the config's sym, zero_point or checkpoint_format (gptq, gptq_v2) belongs to another checkpoint",
+        )

@@ -1,0 +1,66 @@
+"""Quantised linear layers beside the experts: attention, dense MLPs, lm_head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quant_moelora.core.errors import UnsupportedError
+from quant_moelora.loaders.canonical import CanonicalWeight
+from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader
+from quant_moelora.loaders.codec import Codec, LinearFormat, LinearSpec
+from quant_moelora.loaders.families import parse_expert_module
+from quant_moelora.loaders.registry import QUANTIZED_SUFFIXES, find_codec
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A quantised linear layer of a checkpoint: nothing of its data has been read."""
+
+    spec: LinearSpec
+    codec: Codec
+    fmt: LinearFormat
+    headers: Mapping[str, TensorHeader]
+
+    def dequantize(self, checkpoint: Checkpoint, device: torch.device) -> Tensor:  # (N, K) float32
+        """Read the layer and evaluate its definition."""
+        tensors = {suffix: checkpoint.read(self.headers[suffix].key).to(device) for suffix in self.fmt.tensors}
+        weight = self.codec.decode(tensors, self.spec, self.fmt)
+        return weight.dequantize() if isinstance(weight, CanonicalWeight) else weight.to(torch.float32)
+
+
+def describe_linears(checkpoint: Checkpoint, model: nn.Module) -> list[QuantizedLinear]:
+    """Every quantised module of a checkpoint that is no routed expert.
+
+    Raises:
+        UnsupportedError: such a module is no plain linear layer of the model.
+        FormatError: its tensors contradict the model's dimensions or the config.
+    """
+    modules = dict(model.named_modules())
+    found: list[QuantizedLinear] = []
+    for name, headers in checkpoint.modules().items():
+        if parse_expert_module(name) or not _is_quantized(headers):
+            continue
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear):
+            raise UnsupportedError(
+                f"quantised module {name}",
+                got=f"{type(module).__name__ if module else 'nothing of that name'} in the model",
+                rule="a linear layer",
+                remedy="quantise the model without it",
+            )
+        spec = LinearSpec(name, module.out_features, module.in_features)
+        own = {suffix: header for suffix, header in headers.items() if suffix != "bias"}
+        codec = find_codec(spec, own, checkpoint.quantization)
+        found.append(QuantizedLinear(spec, codec, codec.describe(spec, own, checkpoint.quantization), own))
+    return found
+
+
+def _is_quantized(headers: Mapping[str, TensorHeader]) -> bool:
+    """Whether a module has tensors of a quantised format, or a weight that is no float."""
+    weight = headers.get("weight")
+    packed = weight is not None and weight.dtype is not None and not weight.dtype.is_floating_point
+    return packed or bool(headers.keys() & QUANTIZED_SUFFIXES)

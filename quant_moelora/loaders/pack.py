@@ -1,0 +1,119 @@
+"""From canonical weights to MoEQuantInfo: act-order, padding, packing."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quant_moelora.core import packing
+from quant_moelora.core.activations import Activation
+from quant_moelora.core.errors import UnsupportedError
+from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.core.weights import DenseWeight, ExpertWeight, PackedWeight
+from quant_moelora.loaders.canonical import CanonicalWeight
+
+Weight = CanonicalWeight | Tensor  # one projection of all experts: quantised, or [E, N, K]
+
+
+def build_info(
+    w13: Weight,  # gate and up as halves: (E, halves, I, H)
+    w2: Weight,  # (E, 1, H, I)
+    activation: Activation,
+) -> MoEQuantInfo:
+    """Pack the two weights of a layer.
+
+    The act-order of w2 (its g_idx) becomes `MoEQuantInfo.inter_perm` and is applied to the rows of w13; that of w13
+    becomes its k_perm.
+
+    Raises:
+        UnsupportedError: an act-order whose groups are not of the scheme's size.
+    """
+    inter_perm: Tensor | None = None
+    if isinstance(w2, CanonicalWeight) and w2.g_idx is not None:
+        w2, inter_perm = _sort_columns(w2)
+        w13 = _permute_rows(w13, inter_perm)
+        inter_perm = inter_perm[:, 0].to(torch.int32)
+    inter = _shape(w13)[2]
+    if isinstance(w2, CanonicalWeight):
+        inter_pad = packing.padded_columns(inter, w2.scheme.group_size)
+    else:
+        inter_pad = packing.padded_rows(inter) if isinstance(w13, CanonicalWeight) else inter
+    return MoEQuantInfo(
+        w13=_expert_weight(w13, n_pad=inter_pad, k_pad=None),
+        w2=_expert_weight(w2, n_pad=None, k_pad=inter_pad),
+        activation=activation,
+        inter_perm=inter_perm,
+    )
+
+
+def _shape(weight: Weight) -> torch.Size:
+    return weight.codes.shape if isinstance(weight, CanonicalWeight) else weight.shape
+
+
+def _sort_columns(weight: CanonicalWeight) -> tuple[CanonicalWeight, Tensor]:
+    """Columns ordered by group, and the order: int64 [E, halves, K], stored column -> original column."""
+    assert weight.g_idx is not None
+    order = weight.g_idx.to(torch.int64).argsort(dim=-1, stable=True)
+    sorted_groups = weight.g_idx.to(torch.int64).gather(-1, order)
+    k = order.shape[-1]
+    plain = torch.arange(k, device=order.device) // (weight.scheme.group_size or k)
+    if not bool((sorted_groups == plain).all()):
+        raise UnsupportedError(
+            "g_idx",
+            got="groups of unequal size",
+            rule=f"{weight.scheme.group_size} columns in every group but the last",
+            remedy="requantise with static_groups off",
+        )
+    index = order.unsqueeze(-2).expand(weight.codes.shape)
+    codes = weight.codes.gather(-1, index)
+    return CanonicalWeight(weight.scheme, codes, weight.scales, weight.zeros, None), order
+
+
+def _permute_rows(weight: Weight, order: Tensor) -> Weight:
+    """Rows of every half in ``order``, int64 [E, 1, N]."""
+
+    def rows(tensor: Tensor) -> Tensor:  # (E, halves, N, X)
+        return tensor.gather(2, order.unsqueeze(-1).expand(tensor.shape))
+
+    if isinstance(weight, Tensor):
+        return rows(weight)
+    zeros = None if weight.zeros is None else rows(weight.zeros)
+    return CanonicalWeight(weight.scheme, rows(weight.codes), rows(weight.scales), zeros, weight.g_idx)
+
+
+def _expert_weight(weight: Weight, *, n_pad: int | None, k_pad: int | None) -> ExpertWeight:
+    """Pad and pack; dimensions that are not given are padded as little as the layout allows."""
+    experts, halves, n, k = _shape(weight)
+    if isinstance(weight, Tensor):
+        n_pad, k_pad = n_pad or n, k_pad or k
+        w = F.pad(weight, (0, k_pad - k, 0, n_pad - n)).flatten(1, 2)
+        return DenseWeight(num_experts=experts, halves=halves, n=n, n_pad=n_pad, k=k, k_pad=k_pad, bias=None, w=w)
+    scheme = weight.scheme
+    n_pad = n_pad or packing.padded_rows(n)
+    k_pad = k_pad or packing.padded_columns(k, scheme.group_size)
+    k_perm = None
+    if weight.g_idx is not None:
+        weight, order = _sort_columns(weight)
+        k_perm = F.pad(order, (0, k_pad - k), value=-1).to(torch.int32)
+    groups = k_pad // (scheme.group_size or k_pad)
+
+    def pairs(values: Tensor) -> Tensor:  # (E, halves, N, G)
+        padding = (0, groups - values.shape[-1], 0, n_pad - n)
+        return packing.pack_pairs(F.pad(values, padding).flatten(1, 2))
+
+    codes = F.pad(weight.codes, (0, k_pad - k, 0, n_pad - n)).flatten(1, 2)
+    return PackedWeight(
+        num_experts=experts,
+        halves=halves,
+        n=n,
+        n_pad=n_pad,
+        k=k,
+        k_pad=k_pad,
+        bias=None,
+        scheme=scheme,
+        qweight=packing.pack_codes(codes, scheme.bits),
+        scales=pairs(weight.scales),
+        zeros=None if weight.zeros is None else pairs(weight.zeros.to(torch.int16)),
+        k_perm=k_perm,
+    )

@@ -1,0 +1,42 @@
+"""The registered codecs, and which of them a module's tensors are of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quant_moelora.core.errors import UnsupportedError
+from quant_moelora.loaders.awq import AWQ
+from quant_moelora.loaders.codec import Codec, Headers, LinearSpec
+from quant_moelora.loaders.compressed_tensors import PackQuantized
+from quant_moelora.loaders.dense import Dense
+from quant_moelora.loaders.gptq import GPTQ
+
+CODECS: tuple[Codec, ...] = (GPTQ(), AWQ(), PackQuantized(), Dense())
+QUANTIZED_SUFFIXES = frozenset().union(*(c.required | c.optional for c in CODECS)) - Dense.required
+
+
+def find_codec(spec: LinearSpec, headers: Headers, config: Mapping[str, Any]) -> Codec:
+    """The codec of a module, from its tensors' names, then from their shapes, then from the config's quant_method.
+
+    Raises:
+        UnsupportedError: no codec reads tensors of these names and dtypes.
+    """
+    suffixes = headers.keys()
+    named = [c for c in CODECS if c.required <= suffixes <= c.required | c.optional]
+    fitting = [c for c in named if c.fits(spec, headers)]
+    if len(fitting) == 1:
+        return fitting[0]
+    quantized = [c for c in named if c.name == config.get("quant_method")]
+    if quantized:
+        return quantized[0]  # its describe says which shape is wrong
+    if len(named) == 1 and named[0].name != Dense.name:
+        return named[0]
+    file = next(iter(headers.values())).file.name
+    known = [f"{codec.name} ({', '.join(sorted(codec.required))})" for codec in CODECS]
+    raise UnsupportedError(
+        f"format of {spec.module}",
+        got=", ".join(f"{s} {headers[s].dtype} {list(headers[s].shape)}" for s in sorted(suffixes)) + f" ({file})",
+        rule=f"one of {'; '.join(known)} for N={spec.n}, K={spec.k}",
+        remedy="convert the checkpoint to one of these formats",
+    )

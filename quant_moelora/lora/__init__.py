@@ -1,0 +1,1 @@
+"""Adapters: files, bank and the injection that carries them into a layer."""

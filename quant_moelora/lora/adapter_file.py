@@ -1,0 +1,270 @@
+"""Adapter files as PEFT writes them: per-expert modules, or target_parameters of the fused experts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quant_moelora.core.errors import AdapterError
+from quant_moelora.loaders.families import ExpertsSpec, Projection, parse_expert_module
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+_PREFIX = "base_model.model."
+_SUFFIX = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+# base_layer is the inner wrapper of PEFT's nesting: the first of the targeted parameters
+_FUSED_MODULE = re.compile(r"(?P<experts>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?experts)(?P<inner>\.base_layer)?")
+_FUSED_PARAMETERS = ("gate_up_proj", "down_proj")  # in the order in which the experts module registers them
+# peft 0.17 to 0.19.0 took a parameter [E, out, in] for [E, in, out] (peft pull request 3165, fixed in 0.19.1)
+_ROLES_FIXED_IN = "0.19.1"
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """LoRA of one linear: delta W = scaling * b a. Gate and up of one expert in a fused file share one ``a``."""
+
+    a: Tensor  # (r, K)
+    b: Tensor  # (N, r)
+    scaling: float
+
+
+LayerFactors = dict[tuple[int, Projection], Factor]  # by expert and projection
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter, in the library's terms.
+
+    Attributes:
+        path: its folder.
+        config: PEFT's config.
+        layers: factors of the routed experts, by layer.
+        linears: factors of all other modules (attention and other plain linear layers), by module.
+    """
+
+    path: Path
+    config: LoraConfig
+    layers: dict[int, LayerFactors] = field(default_factory=dict)
+    linears: dict[str, Factor] = field(default_factory=dict)
+
+
+def load_adapter(path: str | Path, specs: list[ExpertsSpec]) -> Adapter:
+    """Read an adapter folder for a model whose experts are ``specs``.
+
+    Raises:
+        AdapterError: files are missing, a feature is not served, a tensor is unknown or misshapen, or the adapter
+            has no tensor at all.
+    """
+    folder = Path(path)
+    config, tensors = _read(folder)
+    _refuse(config, folder)
+    adapter = Adapter(folder, config)
+    layers = {spec.layer: spec for spec in specs}
+    for module, pair in _pairs(tensors, folder).items():
+        expert, fused = parse_expert_module(module), _FUSED_MODULE.fullmatch(module)
+        if expert is None and fused is None:
+            adapter.linears[module] = Factor(pair["A"], pair["B"], _scaling(config, module, pair["A"].shape[0]))
+            continue
+        number = expert[0] if expert else int(fused["layer"]) if fused else -1
+        if number not in layers:
+            raise _unknown(folder, module, f"no routed experts in layer {number}")
+        factors = adapter.layers.setdefault(number, {})
+        if expert:
+            factors[expert[1:]] = _per_expert(config, layers[number], module, expert[1:], pair, folder)
+        elif fused:
+            factors.update(_fused(config, layers[number], fused, pair, folder))
+    if not adapter.layers and not adapter.linears:
+        raise AdapterError(
+            f"adapter {folder}",
+            got=f"no LoRA tensor in {WEIGHTS_FILE}",
+            rule="at least one",
+            remedy="save the adapter again with PEFT's save_pretrained",
+        )
+    return adapter
+
+
+def _read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import PeftConfig
+
+    try:
+        if not (folder / CONFIG_FILE).is_file():
+            raise OSError(f"no {CONFIG_FILE}")
+        config = PeftConfig.from_pretrained(str(folder))
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise AdapterError(
+            f"adapter {folder}",
+            got=f"{type(error).__name__}: {error}",
+            rule=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}",
+            remedy="save the adapter with PEFT's save_pretrained",
+        ) from error
+    if not isinstance(config, PeftLoraConfig):
+        raise AdapterError(
+            f"adapter {folder}", got=f"peft_type {config.peft_type}", rule="LORA", remedy="train a LoRA adapter"
+        )
+    return config, tensors
+
+
+def _refuse(config: LoraConfig, folder: Path) -> None:
+    """Raise AdapterError for what would be ignored silently if it were not refused."""
+    refused = {
+        "use_dora": config.use_dora,
+        "bias": config.bias if config.bias != "none" else None,
+        "lora_bias": getattr(config, "lora_bias", False),
+        "modules_to_save": config.modules_to_save,
+        "alora_invocation_tokens": getattr(config, "alora_invocation_tokens", None),
+        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
+        "layer_replication": config.layer_replication,
+        "fan_in_fan_out": config.fan_in_fan_out,
+    }
+    found = [f"{name}={value}" for name, value in refused.items() if value]
+    if found:
+        raise AdapterError(
+            f"adapter {folder}",
+            got=", ".join(found),
+            rule="plain LoRA or rsLoRA on linear layers and experts",
+            remedy="train the adapter without it",
+        )
+
+
+def _pairs(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:
+    """A and B of every module.
+
+    Raises:
+        AdapterError: a tensor that is neither, or one without the other.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _SUFFIX.fullmatch(key.removeprefix(_PREFIX))
+        if match is None:
+            raise _unknown(folder, key, "not a lora_A or lora_B weight")
+        pairs.setdefault(match["module"], {})[match["factor"]] = tensor
+    for module, pair in pairs.items():
+        if len(pair) != 2:
+            raise _unknown(folder, f"{module}.lora_{next(iter(pair))}.weight", "its counterpart is missing")
+    return pairs
+
+
+def _unknown(folder: Path, key: str, why: str) -> AdapterError:
+    return AdapterError(
+        f"adapter {folder}",
+        got=f"{key} in {WEIGHTS_FILE}: {why}",
+        rule="tensors that all belong to a module of the model",
+        remedy="attach the adapter to the model it was trained on",
+    )
+
+
+def _scaling(config: LoraConfig, name: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) with rsLoRA; alpha_pattern matches as in PEFT."""
+    from peft.utils.other import get_pattern_key
+
+    patterns: dict[str, int] = config.alpha_pattern or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), name), config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _per_expert(
+    config: LoraConfig,
+    spec: ExpertsSpec,
+    module: str,
+    slot: tuple[int, Projection],
+    pair: Mapping[str, Tensor],
+    folder: Path,
+) -> Factor:
+    """LoRA on one projection of one expert: A [r, K], B [N, r]."""
+    expert, projection = slot
+    if expert >= spec.num_experts:
+        raise _unknown(folder, module, f"the model has experts 0 to {spec.num_experts - 1}")
+    a, b = pair["A"], pair["B"]
+    linear = spec.linear(module, projection)
+    rank = a.shape[0]
+    if a.shape != (rank, linear.k) or b.shape != (linear.n, rank):
+        raise AdapterError(
+            f"{module} in {folder / WEIGHTS_FILE}",
+            got=f"A {list(a.shape)}, B {list(b.shape)}",
+            rule=f"A [r, {linear.k}] and B [{linear.n}, r]",
+            remedy="attach the adapter to the model it was trained on",
+        )
+    return Factor(a, b, _scaling(config, module, rank))
+
+
+def _fused(
+    config: LoraConfig, spec: ExpertsSpec, match: re.Match[str], pair: Mapping[str, Tensor], folder: Path
+) -> LayerFactors:
+    """LoRA on a fused parameter of all experts: A [E*r, K] seen as (E, r, K), B [N, r*E] seen as (N, r, E)."""
+    parameter = _targeted_parameter(config, match, folder)
+    experts, inter, hidden = spec.num_experts, spec.intermediate_size, spec.hidden_size
+    n, k = (hidden, inter) if parameter == "down_proj" else (2 * inter, hidden)
+    a, b = pair["A"], pair["B"]
+    rank = a.shape[0] // experts
+    name = f"{match['experts']}.{parameter}"
+    shapes_fit = a.shape[0] == b.shape[1] == experts * rank and rank > 0
+    current = shapes_fit and (b.shape[0], a.shape[1]) == (n, k)
+    swapped = shapes_fit and (b.shape[0], a.shape[1]) == (k, n)
+    if not current and not swapped:
+        raise AdapterError(
+            f"LoRA of {name} in {folder / WEIGHTS_FILE}",
+            got=f"A {list(a.shape)}, B {list(b.shape)}",
+            rule=f"A [{experts}*r, {k}] and B [{n}, r*{experts}]",
+            remedy="attach the adapter to the model it was trained on",
+        )
+    if current and swapped:
+        swapped = _roles_swapped(config, name, folder)
+    a_experts = a.view(experts, rank, -1)  # (E, r, K)
+    b_experts = b.view(b.shape[0], rank, experts).permute(2, 0, 1)  # (E, N, r)
+    if swapped:
+        a_experts, b_experts = b_experts.transpose(1, 2), a_experts.transpose(1, 2)
+    scaling = _scaling(config, name, rank)
+    factors: LayerFactors = {}
+    for expert in range(experts):
+        a_one, b_one = a_experts[expert], b_experts[expert]
+        if parameter == "down_proj":
+            factors[expert, "down"] = Factor(a_one, b_one, scaling)
+        else:
+            factors[expert, "gate"] = Factor(a_one, b_one[:inter], scaling)
+            factors[expert, "up"] = Factor(a_one, b_one[inter:], scaling)
+    return factors
+
+
+def _targeted_parameter(config: LoraConfig, match: re.Match[str], folder: Path) -> str:
+    """Which parameter a fused key means: PEFT nests the wrappers of one module and writes no parameter's name."""
+    targets = config.target_parameters or []
+    targeted = [name for name in _FUSED_PARAMETERS if any(t.rpartition(".")[2] == name for t in targets)]
+    if len(targeted) == 2:
+        return targeted[0] if match["inner"] else targeted[1]
+    if len(targeted) == 1 and not match["inner"]:
+        return targeted[0]
+    raise AdapterError(
+        f"adapter {folder}",
+        got=f"{match[0]} with target_parameters {targets}",
+        rule="target_parameters that name gate_up_proj, down_proj or both",
+        remedy=f"restore target_parameters in {CONFIG_FILE}",
+    )
+
+
+def _roles_swapped(config: LoraConfig, name: str, folder: Path) -> bool:
+    """Whether the version of PEFT that wrote a square parameter, whose shapes do not tell, swapped A and B."""
+    from packaging.version import InvalidVersion, Version
+
+    written_by = getattr(config, "peft_version", None)
+    try:
+        return Version(str(written_by)).release < Version(_ROLES_FIXED_IN).release
+    except InvalidVersion as error:
+        raise AdapterError(
+            f"LoRA of {name} in {folder}",
+            got=f"a square parameter and peft_version {written_by}",
+            rule=f"peft_version in {CONFIG_FILE}, since PEFT before {_ROLES_FIXED_IN} swapped A and B",
+            remedy="write the version of PEFT that saved the adapter into its config",
+        ) from error

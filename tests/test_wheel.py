@@ -1,0 +1,102 @@
+"""The wheel holds each file of the package once and nothing else, and runs away from the checkout."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "quant_moelora")
+NOT_SHIPPED = ("kernels", "loaders", "tests", "benchmarks")
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
+    """Standard output of a command, which must succeed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy: a build leaves a folder whose files the next build packs again."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in (*SHIPPED, *NOT_SHIPPED):
+        path = ROOT / name
+        if path.is_symlink():
+            (source / name).symlink_to(path.readlink())
+        elif path.is_dir():
+            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(path, source / name)
+    run("-m", "build", "--wheel", "--no-isolation", "--outdir", out, source, cwd=source)
+    (built,) = out.iterdir()
+    return built
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The wheel unpacked into a folder, with the dependencies of the running interpreter."""
+
+    target: Path
+    elsewhere: Path  # an empty folder to run in
+
+    def python(self, *arguments: str | Path) -> str:
+        """Run python where the installed package is found before the checkout, without a network."""
+        env = {"PYTHONPATH": str(self.target), "HF_HUB_OFFLINE": "1"}
+        return run(*arguments, cwd=self.elsewhere, env=env)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """The wheel as pip installs it."""
+    target, elsewhere = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("elsewhere")
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel, cwd=elsewhere)
+    return Installed(target, elsewhere)
+
+
+def test_wheel_holds_each_file_once(wheel: Path) -> None:
+    package = ROOT / "quant_moelora"
+    files = {
+        *package.rglob("*.py"),
+        *(package / "kernels").rglob("*.json"),
+        *(path for path in (package / "data").rglob("*") if path.is_file() and "__pycache__" not in path.parts),
+        package / "py.typed",
+    }
+    expected = sorted(path.relative_to(ROOT).as_posix() for path in files)
+    with zipfile.ZipFile(wheel) as archive:
+        packed = sorted(name for name in archive.namelist() if ".dist-info/" not in name)
+    assert packed == expected
+
+
+def test_import_comes_from_the_wheel(installed: Installed) -> None:
+    where = installed.python("-c", "import quant_moelora; print(quant_moelora.__file__)").strip()
+    assert Path(where) == installed.target / "quant_moelora" / "__init__.py"
+
+
+def test_help(installed: Installed) -> None:
+    assert "demo" in installed.python("-m", "quant_moelora.cli", "--help")
+
+
+def test_inspect_of_the_packaged_model(installed: Installed) -> None:
+    model = installed.target / "quant_moelora" / "data" / "demo" / "model"
+    json.loads(installed.python("-m", "quant_moelora.cli", "inspect", model, "--json"))
+
+
+def test_demo(installed: Installed) -> None:
+    assert installed.python("-m", "quant_moelora.cli", "demo").strip()
