@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quant_moelora.core.errors import QuantMoELoRAError, UnsupportedError
+from quant_moelora.integrations.session import BASE_NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="LoRA on quantised Mixture-of-Experts models.")
 
-BASE_NAME = "__base__"
 _DEMO_PROMPT = "t69 t250 t133"  # the demo's model is random and its vocabulary is t0 to t255
 
 

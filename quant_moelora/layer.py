@@ -104,7 +104,7 @@ class MoEExperts(nn.Module):
         """Backend, its view of the info in ``dtype`` and its buffers; made when the dtype is first seen."""
         if self._backend is None or self._prepared is None or self._workspace is None or self._prepared.dtype != dtype:
             selection = select_backend(self.backend_name, self.info, self.info.device, dtype)
-            logger.info("%s", selection.report)
+            logger.log(logging.INFO if self.backend_name == AUTO else logging.DEBUG, "%s", selection.report)
             self._backend = selection.backend
             self._prepared = selection.backend.prepare(self.info, dtype)
             self._workspace = selection.backend.workspace(self.info)

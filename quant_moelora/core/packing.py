@@ -5,16 +5,20 @@ consecutive int32 words, and tiles run along K first: ``qweight[tile_n, tile_k, 
 
 Inside a tile, row n (0..63) and column k (0..63) split into
 
-    n = 16 * warp + 8 * rh + g        warp 0..3, rh 0..1, g 0..7
-    k = 16 * kk + 8 * kh + 2 * t + e  kk 0..3, kh 0..1, t 0..3, e 0..1
+    n = 16 * warp + 8 * rh + g                  warp 0..3, rh 0..1, g 0..7
+    k = 32 * kq + 16 * kr + 8 * kh + 2 * t + e  kq 0..1, kr 0..1, kh 0..1, t 0..3, e 0..1
 
-and the code of (n, k) stands in
+and the code of (n, k) stands, with lane = ((warp * 8 + g) * 4 + t) * 4, in
 
-    int4: word ((warp * 8 + g) * 4 + t) * 4 + kk            bits 16 * e + 8 * kh + 4 * rh  .. + 3
-    int8: word ((warp * 8 + g) * 4 + t) * 8 + 2 * kk + kh   bits 16 * e + 8 * rh           .. + 7
+    int4: word lane + 2 * kq + kr             bits 16 * e + 8 * kh + 4 * rh .. + 3
+    int8: word 512 * kq + lane + 2 * kr + kh  bits 16 * e + 8 * rh          .. + 7
 
-so that lane 4 * g + t of a warp finds its m64k16 left operand of four steps of 16 columns in 16 (int4) or 32
-(int8) consecutive bytes (the register fragment of wgmma and of mma.m16n8k16: PTX ISA, "Register Fragments").
+so that lane 4 * g + t of a warp finds in 16 consecutive bytes its left operand of four (int4) or two (int8) steps of 16
+columns, and a warp's 16-byte loads are 512 consecutive bytes (the register fragment of wgmma and of mma.m16n8k16: PTX
+ISA, "Register Fragments"; how the order was chosen: benchmarks/NOTES.md).
+
+Gate and up are two halves of the rows, each padded to whole tiles, so that tile i of gate and tile i of up can be
+loaded together and meet in one thread.
 
 Scales and zero points of one group of columns are 16-bit values. Rows n and n + 8 of a tile share an int32:
 ``pairs[tile_n, group, 8 * warp + g]`` holds row 16 * warp + g in its low and row 16 * warp + g + 8 in its high half.
@@ -33,8 +37,15 @@ from torch import Tensor
 LAYOUT = "frag64.v1"  # written into saved headers; change it with any change of the formula above
 TILE = 64  # rows and columns of a tile
 WORD_BITS = 32
-_WARPS, _ROW_HALVES, _LANE_ROWS = 4, 2, 8  # n = 16 * warp + 8 * rh + g
-_STEPS, _K_HALVES, _LANE_COLS, _PARITY = 4, 2, 4, 2  # k = 16 * kk + 8 * kh + 2 * t + e
+_SPLIT_N = (4, 2, 8)  # warp, rh, g
+_SPLIT_K = (2, 2, 2, 4, 2)  # kq, kr, kh, t, e
+# The digits of (n, k), most significant first, in the order in which they count words and, within a word, codes from
+# the lowest bits up.
+_ORDER: dict[int, tuple[str, ...]] = {
+    4: ("warp", "g", "t", "kq", "kr", "e", "kh", "rh"),
+    8: ("kq", "warp", "g", "t", "kr", "kh", "e", "rh"),
+}
+_NATURAL: tuple[str, ...] = ("warp", "rh", "g", "kq", "kr", "kh", "t", "e")
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -63,29 +74,17 @@ def pairs_shape(num_experts: int, rows: int, groups: int) -> tuple[int, ...]:
     return (num_experts, rows // TILE, groups, TILE // 2)
 
 
-def _split_tiles(codes: Tensor) -> Tensor:
-    """View [..., N, K] as [..., N/64, warp, rh, g, K/64, kk, kh, t, e]."""
-    *lead, n, k = codes.shape
-    return codes.reshape(
-        *lead, n // TILE, _WARPS, _ROW_HALVES, _LANE_ROWS, k // TILE, _STEPS, _K_HALVES, _LANE_COLS, _PARITY
-    )
-
-
-def _word_slots(tiles: Tensor, bits: int) -> Tensor:
-    """Order a tile view as [..., N/64, K/64, words, codes of a word from its lowest bit up]."""
-    lead = tiles.ndim - 9
-    nt, warp, rh, g, kt, kk, kh, t, e = range(lead, lead + 9)
-    tail = (kk, e, kh, rh) if bits == 4 else (kk, kh, e, rh)
-    ordered = tiles.permute(*range(lead), nt, kt, warp, g, t, *tail)
-    return ordered.reshape(*ordered.shape[: lead + 2], -1, WORD_BITS // bits)
-
-
 def pack_codes(
     codes: Tensor,  # (..., N, K) uint8, N and K multiples of 64
     bits: int,
 ) -> Tensor:  # (..., N/64, K/64, 128*bits) int32
     """Order unsigned codes as ``frag64.v1`` words."""
-    slots = _word_slots(_split_tiles(codes), bits)
+    *lead, n, k = codes.shape
+    first = len(lead)
+    tiles = codes.reshape(*lead, n // TILE, *_SPLIT_N, k // TILE, *_SPLIT_K)
+    place = {digit: first + i for i, digit in enumerate(("tile_n", *_NATURAL[:3], "tile_k", *_NATURAL[3:]))}
+    ordered = tiles.permute(*range(first), place["tile_n"], place["tile_k"], *(place[d] for d in _ORDER[bits]))
+    slots = ordered.reshape(*lead, n // TILE, k // TILE, -1, WORD_BITS // bits)
     words = torch.zeros(slots.shape[:-1], dtype=torch.int32, device=codes.device)
     for slot in range(WORD_BITS // bits):
         words |= slots[..., slot].to(torch.int32) << (bits * slot)
@@ -98,16 +97,14 @@ def unpack_codes(
 ) -> Tensor:  # (..., N, K) uint8
     """Inverse of `pack_codes`."""
     *lead, tiles_n, tiles_k, _ = qweight.shape
-    mask = (1 << bits) - 1
-    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=qweight.device)
-    unpacked = ((qweight.unsqueeze(-1) >> shifts) & mask).to(torch.uint8)
-    tail = (_STEPS, _PARITY, _K_HALVES, _ROW_HALVES) if bits == 4 else (_STEPS, _K_HALVES, _PARITY, _ROW_HALVES)
-    tiles = unpacked.reshape(*lead, tiles_n, tiles_k, _WARPS, _LANE_ROWS, _LANE_COLS, *tail)
-    first = len(lead)
-    nt, kt, warp, g, t, kk, x, y, rh = range(first, first + 9)
-    e, kh = (x, y) if bits == 4 else (y, x)
-    ordered = tiles.permute(*range(first), nt, warp, rh, g, kt, kk, kh, t, e)
-    return ordered.reshape(*lead, tiles_n * TILE, tiles_k * TILE)
+    first, mask = len(lead), (1 << bits) - 1
+    slots = torch.stack([(qweight >> s & mask).to(torch.uint8) for s in range(0, WORD_BITS, bits)], dim=-1)
+    sizes = dict(zip(_NATURAL, (*_SPLIT_N, *_SPLIT_K), strict=True))
+    tiles = slots.reshape(*lead, tiles_n, tiles_k, *(sizes[digit] for digit in _ORDER[bits]))
+    place = {digit: first + i for i, digit in enumerate(("tile_n", "tile_k", *_ORDER[bits]))}
+    order = ("tile_n", *_NATURAL[:3], "tile_k", *_NATURAL[3:])
+    natural = tiles.permute(*range(first), *(place[digit] for digit in order))
+    return natural.reshape(*lead, tiles_n * TILE, tiles_k * TILE)
 
 
 def pack_pairs(
@@ -116,7 +113,7 @@ def pack_pairs(
     """Put the raw bits of rows n and n + 8 of each group into one int32."""
     *lead, n, groups = values.shape
     raw = values.contiguous().view(torch.int16).to(torch.int32)
-    rows = raw.reshape(*lead, n // TILE, _WARPS, _ROW_HALVES, _LANE_ROWS, groups)
+    rows = raw.reshape(*lead, n // TILE, *_SPLIT_N, groups)
     low, high = rows.unbind(len(lead) + 2)
     pairs = (low & 0xFFFF) | (high << 16)  # (..., N/64, warp, g, G)
     return pairs.reshape(*lead, n // TILE, TILE // 2, groups).transpose(-1, -2).contiguous()
@@ -129,7 +126,8 @@ def unpack_pairs(
     """Inverse of `pack_pairs`; ``dtype`` is the 16-bit dtype whose bits the pairs hold."""
     *lead, tiles_n, groups, _ = pairs.shape
     halves = torch.stack((pairs << 16 >> 16, pairs >> 16), dim=-1).to(torch.int16)
-    rows = halves.reshape(*lead, tiles_n, groups, _WARPS, _LANE_ROWS, _ROW_HALVES)
+    warps, row_halves, lane_rows = _SPLIT_N
+    rows = halves.reshape(*lead, tiles_n, groups, warps, lane_rows, row_halves)
     first = len(lead)
     nt, group, warp, g, rh = range(first, first + 5)
     ordered = rows.permute(*range(first), nt, warp, rh, g, group)

@@ -62,9 +62,12 @@ def attach_adapters(model: PreTrainedModel, adapters: Mapping[str, str | Path]) 
         _check_linears(model, loaded[name])
     everything = {**attached, **loaded}
     contexts = _contexts(experts, everything, model.dtype)
-    for name, adapter in loaded.items():
-        _inject_linears(model, name, adapter)
-    _hook_linears(model, session)
+    try:
+        for name, adapter in loaded.items():
+            _inject_linears(model, name, adapter)
+    finally:
+        # Without names a PEFT layer applies its newest adapter to every row, also after a failure in between.
+        _hook_linears(model, session)
     for module_name, ctx in contexts.items():
         moe = experts[module_name].moe
         assert moe is not None  # from_pretrained

@@ -94,6 +94,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         self.session = AdapterSession()
         self.checkpoint: Checkpoint | None = None
         self.layers: list[LayerFormat] = []
+        self.backends: list[str] = []  # of each layer
         self.linears: list[QuantizedLinear] = []
 
     def _process_model_before_weight_loading(
@@ -101,6 +102,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         model: PreTrainedModel,
         checkpoint_files: list[str] | None = None,
         dtype: torch.dtype | None = None,
+        device_map: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> PreTrainedModel:
         """Find every expert tensor and its format, and a backend for it, before anything is read."""
@@ -122,8 +124,8 @@ class QuantMoELoRAQuantizer(HfQuantizer):
             )
         self.layers = describe_layers(self.checkpoint, specs)
         self.linears = describe_linears(self.checkpoint, model)
-        for line in dict.fromkeys(self._report(layer, dtype or model.dtype) for layer in self.layers):
-            logger.info("%s", line)
+        device = torch.device(next(iter(device_map.values())) if device_map else "cpu")
+        self._select_backends(device, dtype or model.dtype)
         for spec in specs:
             model.set_submodule(spec.module, FusedExperts(spec, self.session))
         missing = {rf"^{re.escape(linear.spec.module)}\.weight$" for linear in self.linears}
@@ -131,9 +133,16 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         _ignore_keys(model, "unexpected", {_EXPERT_KEYS, _QUANTIZED_KEYS})
         return model
 
-    def _report(self, layer: LayerFormat, dtype: torch.dtype) -> str:
-        info = layer.meta_info()
-        return f"{info.scheme_name}: {select_backend(self.backend, info, torch.device('cpu'), dtype).report}"
+    def _select_backends(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Choose the backend of every layer, and log each choice once."""
+        lines: dict[str, None] = {}
+        for layer in self.layers:
+            info = layer.meta_info()
+            selection = select_backend(self.backend, info, device, dtype)
+            self.backends.append(selection.backend.name)
+            lines[f"{info.scheme_name}: {selection.report}"] = None
+        for line in lines:
+            logger.info("%s", line)
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel | None = None
@@ -149,12 +158,13 @@ class QuantMoELoRAQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Read, pack and place the experts, one layer at a time, and the quantised linear layers."""
         assert self.checkpoint is not None  # _process_model_before_weight_loading
-        for layer in tqdm(self.layers, desc="Packing experts", unit="layer", disable=None):
+        pairs = zip(self.layers, self.backends, strict=True)
+        for layer, backend in tqdm(pairs, desc="Packing experts", unit="layer", total=len(self.layers), disable=None):
             experts = model.get_submodule(layer.spec.module)
             block = model.get_submodule(layer.spec.module.rpartition(".")[0])
             assert isinstance(experts, FusedExperts)
             device = next(block.parameters()).device  # the router stands beside the experts
-            experts.moe = MoEExperts(load_layer(self.checkpoint, layer, device), self.backend)
+            experts.moe = MoEExperts(load_layer(self.checkpoint, layer, device), backend)
         with torch.no_grad():
             for linear in self.linears:
                 weight = model.get_submodule(linear.spec.module).get_parameter("weight")

@@ -63,7 +63,6 @@ def unpack_words(
 
     The mask comes after the shift because the shift of an int32 is arithmetic.
     """
-    dim = dim % words.ndim
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    codes = (words.unsqueeze(dim + 1) >> shifts.view(-1, *([1] * (words.ndim - dim - 1)))) & ((1 << bits) - 1)
-    return codes.to(torch.uint8).flatten(dim, dim + 1)
+    dim, mask = dim % words.ndim, (1 << bits) - 1
+    parts = [((words >> shift) & mask).to(torch.uint8) for shift in range(0, 32, bits)]
+    return torch.stack(parts, dim=dim + 1).flatten(dim, dim + 1)

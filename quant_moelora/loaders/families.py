@@ -213,9 +213,11 @@ def check_complete(spec: ExpertsSpec, found: LayerKeys, checkpoint: Checkpoint) 
         name = f"{spec.module}.{expert}.{projection}_proj"
         if found:
             name += f" or, as its other experts are called, like {next(iter(found.values())).module}"
+        others = [key for key in checkpoint.headers if f"layers.{spec.layer}." in key and ".experts." in key]
+        held = f", which has {others[0]} instead" if others and not found else ""
         raise MissingTensorError(
             f"{projection} projection of expert {expert} in layer {spec.layer} ({spec.module})",
-            got=f"no tensors for it in {checkpoint.path} ({len(missing)} of {len(wanted)} projections are missing)",
+            got=f"no tensors for it in {checkpoint.path}{held}: {len(missing)} of {len(wanted)} projections missing",
             rule=f"tensors of {name}",
             remedy="download the checkpoint again, or correct the number of experts in config.json",
         )
