@@ -6,13 +6,14 @@ import json
 import logging
 import time
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quant_moelora.core.errors import QuantMoELoRAError, UnsupportedError
+from quant_moelora.core.errors import AdapterError, QuantMoELoRAError
 from quant_moelora.integrations.session import BASE_NAME
 
 if TYPE_CHECKING:
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="LoRA on quantised Mixture-of-Experts models.")
 
 _DEMO_PROMPT = "t69 t250 t133"  # the demo's model is random and its vocabulary is t0 to t255
+
+
+class DType(StrEnum):
+    """Activation dtypes."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ def generate(
     prompt: Annotated[list[str], typer.Option(help="TEXT, or NAME=TEXT to use the adapter NAME. Repeat for a batch.")],
     adapter: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of an adapter. Repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.", min=1)] = 32,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    dtype: Annotated[DType, typer.Option(help="Activation dtype; auto takes the checkpoint's.")] = DType.AUTO,
     device: Annotated[str, typer.Option(help="Where the model goes, such as cpu or cuda.")] = "cpu",
     backend: Annotated[str, typer.Option(help="Experts backend.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -149,8 +159,8 @@ def generate(
     from quant_moelora.loaders.checkpoint import resolve_checkpoint
 
     folder = resolve_checkpoint(model)
-    adapters = dict(_split_adapter(text) for text in adapter or ())
-    loaded = from_pretrained(folder, dtype=dtype, device_map=device, backend=backend)
+    adapters = _split_adapters(adapter or [])
+    loaded = from_pretrained(folder, dtype=dtype.value, device_map=device, backend=backend)
     if adapters:
         attach_adapters(loaded, adapters)
     requests = [_split_prompt(text, adapters) for text in prompt]
@@ -161,13 +171,20 @@ def generate(
         echo_report(report)
 
 
-def _split_adapter(text: str) -> tuple[str, str]:
-    name, separator, folder = text.partition("=")
-    if not separator:
-        raise UnsupportedError(
-            "--adapter", got=text, rule="NAME=FOLDER", remedy="give the adapter a name, as in --adapter a=./adapter"
-        )
-    return name, folder
+def _split_adapters(texts: list[str]) -> dict[str, str]:
+    """Folders of NAME=FOLDER texts, by name."""
+    adapters: dict[str, str] = {}
+    for text in texts:
+        name, separator, folder = text.partition("=")
+        if not separator or not folder or name in adapters:
+            raise AdapterError(
+                "--adapter",
+                got=text,
+                rule="NAME=FOLDER, each name once",
+                remedy="give the adapter a name of its own, as in --adapter a=./adapter",
+            )
+        adapters[name] = folder
+    return adapters
 
 
 def _split_prompt(text: str, adapters: dict[str, str]) -> tuple[str, str]:

@@ -122,7 +122,7 @@ class MoEExperts(nn.Module):
         """Weighted sum of each token's experts, with each token's adapter.
 
         Raises:
-            ShapeError: x is not [M, H].
+            ShapeError: x is not [M, H], or the routing is of other tokens.
             AdapterError: adapter ids are given and no adapter is attached.
             BackendError: no backend serves x's dtype.
         """
@@ -132,6 +132,13 @@ class MoEExperts(nn.Module):
                 got=f"shape {list(x.shape)}",
                 rule=f"[tokens, {self.info.hidden_size}]",
                 remedy="flatten batch and sequence into one dimension of tokens",
+            )
+        if topk_ids.shape[:1] != x.shape[:1]:
+            raise ShapeError(
+                "topk_ids",
+                got=f"{topk_ids.shape[0]} tokens",
+                rule=f"{x.shape[0]} tokens, those of x",
+                remedy="route the tokens that are passed",
             )
         if adapter_ids is not None and self.injection.ctx is None:
             raise AdapterError(

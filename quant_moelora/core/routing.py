@@ -94,4 +94,5 @@ class Plan:
         check_tensor(
             "expert_offsets", self.expert_offsets, (self.expert_offsets.numel(),), torch.int32, why="E + 1 offsets"
         )
-        check_same_device({"rows": self.rows, "segments": self.segments, "expert_offsets": self.expert_offsets})
+        names = ("rows", "inverse", "segments", "expert_offsets")
+        check_same_device({name: getattr(self, name) for name in names})

@@ -117,11 +117,13 @@ class PackedWeight(_ExpertWeight):
                 "layout", got=self.layout, rule=packing.LAYOUT, remedy="repack the weight from its checkpoint"
             )
         self._check_dims()
-        if self.n_pad % packing.TILE or self.k_pad % packing.padded_columns(1, self.scheme.group_size):
+        k_pad = packing.padded_columns(self.k, self.scheme.group_size)
+        if self.n_pad % packing.TILE or self.k_pad != k_pad:
             raise ShapeError(
                 "padded dims",
                 got=f"n_pad={self.n_pad}, k_pad={self.k_pad}",
-                rule=f"whole tiles of {packing.TILE} and whole groups of {self.scheme.group_size}",
+                rule=f"whole tiles of {packing.TILE} and whole groups of {self.scheme.group_size}, "
+                f"as few columns as hold K={self.k}: k_pad={k_pad}",
                 remedy="compute them with core.packing.padded_rows and padded_columns",
             )
         if (self.zeros is None) != self.scheme.symmetric:

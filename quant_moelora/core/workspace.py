@@ -15,7 +15,8 @@ class Workspace:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._storage: dict[tuple[str, torch.dtype], Tensor] = {}
+        # Tensors made in inference mode may not be written outside of it, so that each mode has its own.
+        self._storage: dict[tuple[str, torch.dtype, bool], Tensor] = {}
         self._last: dict[str, Tensor] = {}
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -31,7 +32,8 @@ class Workspace:
             self._last[name] = torch.empty(shape, dtype=dtype, device=self.device)
             return self._last[name]
         numel = math.prod(shape)
-        held = self._storage.get((name, dtype))
+        key = (name, dtype, torch.is_inference_mode_enabled())
+        held = self._storage.get(key)
         if held is None or held.numel() < numel:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise BackendError(
@@ -41,7 +43,7 @@ class Workspace:
                     remedy="run one forward of the largest batch before the capture",
                 )
             held = torch.empty(numel, dtype=dtype, device=self.device)
-            self._storage[name, dtype] = held
+            self._storage[key] = held
         self._last[name] = held[:numel].view(shape)
         return self._last[name]
 

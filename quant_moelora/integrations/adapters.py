@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,13 @@ def attach_adapters(model: PreTrainedModel, adapters: Mapping[str, str | Path]) 
 
 
 def _check_name(name: str, attached: Mapping[str, Adapter]) -> None:
-    if name in attached or name == BASE_NAME or not name or "." in name:
+    # PEFT holds adapters in ModuleDicts, which have attributes of their own.
+    if name in attached or name == BASE_NAME or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise AdapterError(
             "adapter name",
             got=repr(name),
-            rule=f"a new name without dots, other than {BASE_NAME} (attached: {', '.join(attached) or 'none'})",
+            rule=f"a new name without dots, other than {BASE_NAME} (attached: {', '.join(attached) or 'none'}) "
+            "and the attributes of a torch module",
             remedy="choose another name",
         )
 
@@ -148,9 +151,16 @@ def _inject_linears(model: PreTrainedModel, name: str, adapter: Adapter) -> None
     config.layers_to_transform = None
     # The ranks of the file, exactly, and alphas that give its scalings without PEFT's patterns entering twice.
     config.use_rslora = False
+    config.lora_dropout = 0.0  # of training; PEFT's new layers would start in training mode
     config.rank_pattern = {module: factor.a.shape[0] for module, factor in adapter.linears.items()}
     config.alpha_pattern = {module: f.scaling * f.a.shape[0] for module, f in adapter.linears.items()}
-    inject_adapter_in_model(config, model, name)
+    # PEFT freezes the base. torch chooses between matrix products by requires_grad, which would change the base's bits.
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # which is what is wanted
+        inject_adapter_in_model(config, model, name)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
     with torch.no_grad():
         for module_name, factor in adapter.linears.items():
             module = model.get_submodule(module_name)

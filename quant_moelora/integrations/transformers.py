@@ -171,6 +171,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
                 weight.copy_(linear.dequantize(self.checkpoint, weight.device))
         if self.linears:
             logger.info("%d quantised linear layers beside the experts were dequantised", len(self.linears))
+        self.checkpoint, self.layers, self.linears = None, [], []  # the quantizer lives as long as the model
         return model
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - untyped there
@@ -219,6 +220,7 @@ def from_pretrained(
     Checkpoint(folder)  # a damaged file is reported by us, in one way, before transformers opens it
     config = AutoConfig.from_pretrained(folder, **_pick(kwargs, "trust_remote_code"))
     config.quantization_config = {"quant_method": METHOD, "backend": backend}
+    kwargs["ignore_mismatched_sizes"] = True  # _check_loaded raises, in the library's words
     if dtype is not None:
         kwargs["dtype"] = dtype
     if device_map is not None:

@@ -22,6 +22,7 @@ from quant_moelora.loaders.codec import (
     LinearSpec,
     check_agrees,
     check_header,
+    check_whole_words,
     normalise_group_size,
 )
 from quant_moelora.loaders.gptq import check_symmetric
@@ -52,6 +53,7 @@ class AWQ:
         check_agrees("bits", spec, BITS, config.get("bits", config.get("w_bit")))
         group_size = normalise_group_size(config.get("group_size", config.get("q_group_size")))
         groups, words = num_groups(spec.k, group_size), spec.n // PER_WORD
+        check_whole_words(spec, BITS, N=spec.n)
         what = f"AWQ int4 group_size {group_size}"
         check_header(headers["qweight"], spec, (spec.k, words), (torch.int32,), what)
         check_header(headers["scales"], spec, (groups, spec.n), SCALE_DTYPES, what)

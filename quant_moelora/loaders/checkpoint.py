@@ -92,8 +92,16 @@ class Checkpoint:
 
     def _find_quantization(self) -> dict[str, Any]:
         for config in (self.config, self.config.get("text_config") or {}):
-            if config.get("quantization_config"):
-                return dict(config["quantization_config"])
+            found = config.get("quantization_config")
+            if found and not isinstance(found, dict):
+                raise FormatError(
+                    f"quantization_config of {self.path / 'config.json'}",
+                    got=type(found).__name__,
+                    rule="a JSON object",
+                    remedy="download config.json again",
+                )
+            if found:
+                return found
         for name in QUANT_CONFIG_FILES:
             if (self.path / name).is_file():
                 return _read_json(self.path / name)

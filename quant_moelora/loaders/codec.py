@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quant_moelora.core.errors import FormatError
+from quant_moelora.core.errors import FormatError, UnsupportedError
 from quant_moelora.core.scheme import QuantScheme
 from quant_moelora.loaders.canonical import CanonicalWeight
 from quant_moelora.loaders.checkpoint import TensorHeader
@@ -119,6 +119,18 @@ def check_header(
             rule=f"{' or '.join(str(d) for d in dtypes)} for {place}",
             remedy="convert the checkpoint with the tool that wrote it",
         )
+
+
+def check_whole_words(spec: LinearSpec, bits: int, **dims: int) -> None:
+    """Raise UnsupportedError unless ``bits``-bit codes along each of the named dimensions fill whole int32 words."""
+    for name, size in dims.items():
+        if size * bits % 32:
+            raise UnsupportedError(
+                f"{name} of {spec.module}",
+                got=size,
+                rule=f"a multiple of {32 // bits}, since int32 words hold {32 // bits} codes along it",
+                remedy="requantise the model in a format that pads",
+            )
 
 
 def check_agrees(what: str, spec: LinearSpec, got: object, config: object) -> None:

@@ -28,9 +28,11 @@ PROJECTIONS: dict[str, Projection] = {
     "w2": "down",
 }
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-# model.layers.3.mlp.experts.17.gate_proj
+# model.layers.3.mlp.experts.17.gate_proj. Only the decoder's layers: other stacks, such as mtp.layers, have names of
+# their own and count from 0 too.
 _EXPERT_MODULE = re.compile(
-    rf"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?P<expert>\d+)\.(?P<projection>{'|'.join(PROJECTIONS)})"
+    r"(?:(?:model|language_model|text_model|backbone)\.)*layers\.(?P<layer>\d+)\.(?:.*\.)?"
+    rf"experts\.(?P<expert>\d+)\.(?P<projection>{'|'.join(PROJECTIONS)})"
 )
 # Names of transformers' activations and ours.
 _ACTIVATIONS: dict[str, ActivationName] = {

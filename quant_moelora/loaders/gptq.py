@@ -26,10 +26,13 @@ from quant_moelora.loaders.codec import (
     LinearSpec,
     check_agrees,
     check_header,
+    check_whole_words,
     normalise_group_size,
 )
 
 V1, V2 = "gptq", "gptq_v2"
+# auto-round's names of its packings; "auto_gptq" subtracts one, the others do not
+_VERSIONS = {"auto_round:auto_gptq": V1, "auto_round": V2, "auto_round:gptqmodel": V2}
 _V1_OFFSET = {4: 0x11111111, 8: 0x01010101}
 
 
@@ -46,7 +49,11 @@ class GPTQ:
 
     def describe(self, spec: LinearSpec, headers: Headers, config: Mapping[str, Any]) -> LinearFormat:
         """See `Codec.describe`."""
-        version = config.get("checkpoint_format") or config.get("format") or V1
+        version = (
+            config.get("checkpoint_format")
+            or config.get("format")
+            or _VERSIONS.get(config.get("packing_format", ""), V1)
+        )
         if version not in (V1, V2):
             raise UnsupportedError(
                 f"checkpoint_format of {spec.module}",
@@ -61,6 +68,7 @@ class GPTQ:
             raise UnsupportedError(
                 f"bits of {spec.module}", got=bits, rule="4 or 8", remedy="requantise the model to int4 or int8"
             )
+        check_whole_words(spec, bits, N=spec.n, K=spec.k)
         what = f"GPTQ int{bits}"
         check_header(headers["qweight"], spec, (spec.k * bits // 32, spec.n), (torch.int32,), what)
         check_agrees("bits", spec, bits, declared_bits)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,16 +34,20 @@ class QuantizedLinear:
 
 
 def describe_linears(checkpoint: Checkpoint, model: nn.Module) -> list[QuantizedLinear]:
-    """Every quantised module of a checkpoint that is no routed expert.
+    """Every quantised module of a checkpoint that belongs to the model and is no routed expert.
 
     Raises:
         UnsupportedError: such a module is no plain linear layer of the model.
         FormatError: its tensors contradict the model's dimensions or the config.
     """
     modules = dict(model.named_modules())
+    # Patterns of what a checkpoint holds beside the model, such as layers for multi-token prediction.
+    beside: Iterable[str] = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     found: list[QuantizedLinear] = []
     for name, headers in checkpoint.modules().items():
         if parse_expert_module(name) or not _is_quantized(headers):
+            continue
+        if any(re.search(pattern, f"{name}.weight") for pattern in beside):
             continue
         module = modules.get(name)
         if not isinstance(module, nn.Linear):

@@ -82,6 +82,17 @@ def _permute_rows(weight: Weight, order: Tensor) -> Weight:
     return CanonicalWeight(weight.scheme, rows(weight.codes), rows(weight.scales), zeros, weight.g_idx)
 
 
+def _pad_columns(weight: CanonicalWeight, k_pad: int) -> Tensor:
+    """Codes [E, halves, N, k_pad]: a padded column holds its group's zero point, so that its value is 0."""
+    *lead, k = weight.codes.shape
+    if weight.zeros is None:
+        return F.pad(weight.codes, (0, k_pad - k), value=weight.scheme.symmetric_zero)
+    # Only the last group can reach into the padding; groups behind it have scale and zero point 0.
+    rest = min(k_pad - k, -k % (weight.scheme.group_size or k_pad))
+    fill = weight.zeros[..., -1:].expand(*lead, rest)
+    return F.pad(torch.cat((weight.codes, fill), dim=-1), (0, k_pad - k - rest))
+
+
 def _expert_weight(weight: Weight, *, n_pad: int | None, k_pad: int | None) -> ExpertWeight:
     """Pad and pack; dimensions that are not given are padded as little as the layout allows."""
     experts, halves, n, k = _shape(weight)
@@ -102,7 +113,7 @@ def _expert_weight(weight: Weight, *, n_pad: int | None, k_pad: int | None) -> E
         padding = (0, groups - values.shape[-1], 0, n_pad - n)
         return packing.pack_pairs(F.pad(values, padding).flatten(1, 2))
 
-    codes = F.pad(weight.codes, (0, k_pad - k, 0, n_pad - n)).flatten(1, 2)
+    codes = F.pad(_pad_columns(weight, k_pad), (0, 0, 0, n_pad - n)).flatten(1, 2)
     return PackedWeight(
         num_experts=experts,
         halves=halves,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quant_moelora.core.errors import UnsupportedError
+from quant_moelora.core.errors import MissingTensorError, UnsupportedError
 from quant_moelora.loaders.awq import AWQ
 from quant_moelora.loaders.codec import Codec, Headers, LinearSpec
 from quant_moelora.loaders.compressed_tensors import PackQuantized
@@ -20,6 +20,7 @@ def find_codec(spec: LinearSpec, headers: Headers, config: Mapping[str, Any]) ->
     """The codec of a module, from its tensors' names, then from their shapes, then from the config's quant_method.
 
     Raises:
+        MissingTensorError: some tensors of a format are there and others are not.
         UnsupportedError: no codec reads tensors of these names and dtypes.
     """
     suffixes = headers.keys()
@@ -33,6 +34,18 @@ def find_codec(spec: LinearSpec, headers: Headers, config: Mapping[str, Any]) ->
     if len(named) == 1 and named[0].name != Dense.name:
         return named[0]
     file = next(iter(headers.values())).file.name
+    partial = [
+        c for c in CODECS if c.required & suffixes and c.required - suffixes and suffixes <= c.required | c.optional
+    ]
+    if partial:
+        codec = next((c for c in partial if c.name == config.get("quant_method")), partial[0])
+        absent = ", ".join(sorted(codec.required - suffixes))
+        raise MissingTensorError(
+            f"{absent} of {spec.module}",
+            got=f"only {', '.join(sorted(suffixes))} ({file})",
+            rule=f"{', '.join(sorted(codec.required))}, the tensors of {codec.name}",
+            remedy="download the checkpoint again",
+        )
     known = [f"{codec.name} ({', '.join(sorted(codec.required))})" for codec in CODECS]
     raise UnsupportedError(
         f"format of {spec.module}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -28,6 +30,16 @@ _FUSED_MODULE = re.compile(r"(?P<experts>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\
 _FUSED_PARAMETERS = ("gate_up_proj", "down_proj")  # in the order in which the experts module registers them
 # peft 0.17 to 0.19.0 took a parameter [E, out, in] for [E, in, out] (peft pull request 3165, fixed in 0.19.1)
 _ROLES_FIXED_IN = "0.19.1"
+# Settings of LoraConfig that are read here, or that say nothing of what the saved factors mean.
+_UNDERSTOOD = {
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "target_parameters"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "task_type", "peft_type"),
+    *("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version", "runtime_config"),
+    *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("qalora_group_size", "ensure_weight_tying"),
+}
+# Initialisations that leave the base weights alone; PiSSA, OLoRA and others subtract the factors from them.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,18 +130,17 @@ def _read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
 
 
 def _refuse(config: LoraConfig, folder: Path) -> None:
-    """Raise AdapterError for what would be ignored silently if it were not refused."""
-    refused = {
-        "use_dora": config.use_dora,
-        "bias": config.bias if config.bias != "none" else None,
-        "lora_bias": getattr(config, "lora_bias", False),
-        "modules_to_save": config.modules_to_save,
-        "alora_invocation_tokens": getattr(config, "alora_invocation_tokens", None),
-        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
-        "layer_replication": config.layer_replication,
-        "fan_in_fan_out": config.fan_in_fan_out,
-    }
-    found = [f"{name}={value}" for name, value in refused.items() if value]
+    """Raise AdapterError for every setting that could change what A and B mean, unless it is known not to."""
+    found: list[str] = []
+    for setting in dataclasses.fields(config):
+        value = getattr(config, setting.name)
+        made = setting.default_factory
+        default = setting.default if made is dataclasses.MISSING else made()
+        harmless = setting.name in _UNDERSTOOD or value in (default, None, False, [])
+        if setting.name == "init_lora_weights":
+            harmless = value in _PLAIN_INITS
+        if not harmless:
+            found.append(f"{setting.name}={value}")
     if found:
         raise AdapterError(
             f"adapter {folder}",
@@ -221,7 +232,7 @@ def _fused(
             remedy="attach the adapter to the model it was trained on",
         )
     if current and swapped:
-        swapped = _roles_swapped(config, name, folder)
+        swapped = _roles_swapped(name, folder)
     a_experts = a.view(experts, rank, -1)  # (E, r, K)
     b_experts = b.view(b.shape[0], rank, experts).permute(2, 0, 1)  # (E, N, r)
     if swapped:
@@ -254,13 +265,14 @@ def _targeted_parameter(config: LoraConfig, match: re.Match[str], folder: Path) 
     )
 
 
-def _roles_swapped(config: LoraConfig, name: str, folder: Path) -> bool:
+def _roles_swapped(name: str, folder: Path) -> bool:
     """Whether the version of PEFT that wrote a square parameter, whose shapes do not tell, swapped A and B."""
     from packaging.version import InvalidVersion, Version
 
-    written_by = getattr(config, "peft_version", None)
+    # From the file, since PEFT fills in its own version where there is none; a development version ends in @commit.
+    written_by = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("peft_version")
     try:
-        return Version(str(written_by)).release < Version(_ROLES_FIXED_IN).release
+        return Version(str(written_by).partition("@")[0]).release < Version(_ROLES_FIXED_IN).release
     except InvalidVersion as error:
         raise AdapterError(
             f"LoRA of {name} in {folder}",

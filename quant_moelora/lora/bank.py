@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quant_moelora.core.lora_context import A2, A13, B2, B13, DOWN, GATE, NO_FACTOR, UP, MoELoRAContext
 from quant_moelora.core.quant_info import MoEQuantInfo
-from quant_moelora.lora.adapter_file import Factor, LayerFactors
+from quant_moelora.lora.adapter_file import LayerFactors
 
 ALIGNMENT = 8  # elements; a factor of 16-bit floats begins at a multiple of 16 bytes, the widest load
 
@@ -59,7 +59,7 @@ def build_context(info: MoEQuantInfo, adapters: Sequence[LayerFactors], dtype: t
                     scaling[slot, projection, expert] = factor.scaling
             held = [factor for factor in (gate, up) if factor is not None]
             if held:
-                shared = gate is not None and up is not None and _same_a(gate, up)
+                shared = gate is not None and up is not None and gate.a is up.a  # as in a fused file
                 a13 = [held[0].a] if shared else [factor.a for factor in held]
                 up_col[slot, expert] = 0 if shared or gate is None else gate.a.shape[0]
                 offsets[slot, A13, expert] = arena.add(a13)
@@ -83,11 +83,6 @@ def build_context(info: MoEQuantInfo, adapters: Sequence[LayerFactors], dtype: t
         v2_width=v2_width,
         shard=info.shard,
     )
-
-
-def _same_a(gate: Factor, up: Factor) -> bool:
-    """Whether gate and up share one A, as those of a fused file do."""
-    return gate.a.data_ptr() == up.a.data_ptr() and gate.a.shape == up.a.shape
 
 
 def _stored_rows(

@@ -6,7 +6,7 @@ import torch
 
 from quant_moelora.core.routing import BASE_SLOT, NO_EXPERT, Plan, Routing
 
-_SLOT_RANGE = 1 << 31  # slots are int32, so that expert * _SLOT_RANGE + slot + 1 orders by (expert, slot)
+_SLOT_RANGE = 1 << 32  # slots are int32, so that expert * _SLOT_RANGE + slot + 1 orders by (expert, slot)
 
 
 def align(routing: Routing, num_experts: int) -> Plan:

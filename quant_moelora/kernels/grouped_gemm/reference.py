@@ -28,7 +28,8 @@ def grouped_gemm(
     for expert, (begin, end) in enumerate(itertools.pairwise(offsets)):
         if begin == end:
             continue
-        pairs = plan.rows[begin:end].to(torch.int64)
+        # In the order of the batch, whatever the adapters: a row's bits may depend on its place in the product.
+        pairs = plan.rows[begin:end].to(torch.int64).sort().values
         index = slice(expert, expert + 1)
         w, bias = weight.dequantize(index)[0], weight.logical_bias(index)
         rows = x[pairs // rows_per_input, : weight.k].to(torch.float32)

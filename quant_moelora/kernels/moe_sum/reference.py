@@ -24,6 +24,9 @@ def moe_sum(
     total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     rows = y.unflatten(0, ids.shape)
     for slot in range(routing.top_k):
-        row = torch.where(valid[:, slot, None], rows[:, slot].to(torch.float32), 0.0)
-        total = total + (row if info.router_weight == "input" else row * weights[:, slot, None])
+        held = valid[:, slot, None]
+        row = torch.where(held, rows[:, slot].to(torch.float32), 0.0)
+        if info.router_weight == "output":
+            row = row * torch.where(held, weights[:, slot, None], 0.0)
+        total = total + row
     return out.copy_(total)
