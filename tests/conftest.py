@@ -37,6 +37,12 @@ def nondeterministic_torch(_poisoned_memory: None) -> None:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """The tensors here are so small that threads only wait for one another, for minutes on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The reference backend: plain torch on any device, float32 accumulation; the oracle of every other backend."""
+"""The reference backend: plain torch on any device, float32 results of float64 sums; the oracle of the others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class ReferenceBackend:
-    """Dequantises one active expert at a time, exactly, and multiplies in float32."""
+    """Dequantises one active expert at a time, exactly, and multiplies in float64."""
 
     name = "reference"
     fuses: frozenset[str] = frozenset()

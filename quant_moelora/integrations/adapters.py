@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quant_moelora.core.errors import AdapterError, UnsupportedError
-from quant_moelora.integrations.session import BASE_NAME, AdapterSession
+from quant_moelora.integrations.session import ADAPTER_NAMES, BASE_NAME, AdapterSession
 from quant_moelora.integrations.transformers import FusedExperts, experts_of
 from quant_moelora.loaders.checkpoint import resolve_checkpoint
 from quant_moelora.lora.adapter_file import Adapter, load_adapter
 from quant_moelora.lora.bank import build_context
 
 _ATTACHED = "_quant_moelora_adapters"  # attribute of the model: what attach_adapters has put on it, by name
-_ARGUMENT = "adapter_names"  # PEFT's word
 
 
 def attach_adapters(model: PreTrainedModel, adapters: Mapping[str, str | Path]) -> None:
@@ -75,8 +73,6 @@ def attach_adapters(model: PreTrainedModel, adapters: Mapping[str, str | Path]) 
         moe.attach(ctx)
     session.names = list(everything)
     setattr(model, _ATTACHED, everything)
-    if _ARGUMENT not in inspect.signature(model.forward).parameters:
-        model.forward = _with_adapter_names(model.forward, session)
 
 
 def _check_name(name: str, attached: Mapping[str, Adapter]) -> None:
@@ -181,31 +177,4 @@ def _pass_names(
     session: AdapterSession, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     x: Tensor = args[0]
-    return args, {**kwargs, _ARGUMENT: session.row_names(x.shape[0])}
-
-
-def _with_adapter_names(forward: Callable[..., Any], session: AdapterSession) -> Callable[..., Any]:
-    """``forward`` with ``adapter_names`` in its signature, which is where `generate` looks for it."""
-
-    @functools.wraps(forward)
-    def wrapper(*args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        inputs = args[0] if args else kwargs.get("input_ids")
-        if inputs is None:
-            inputs = kwargs.get("inputs_embeds")
-        if inputs is None:
-            raise AdapterError(
-                "forward",
-                got="neither input_ids nor inputs_embeds",
-                rule="one of them, whose rows adapter_names names",
-                remedy="pass the batch",
-            )
-        with session.choose(adapter_names, inputs.shape[0]):
-            return forward(*args, **kwargs)
-
-    signature = inspect.signature(forward)
-    names = inspect.Parameter(_ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=None)
-    parameters = list(signature.parameters.values())
-    place = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
-    parameters.insert(place, names)
-    wrapper.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
-    return wrapper
+    return args, {**kwargs, ADAPTER_NAMES: session.row_names(x.shape[0])}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +15,7 @@ from quant_moelora.core.errors import AdapterError
 from quant_moelora.core.routing import BASE_SLOT
 
 BASE_NAME = "__base__"  # PEFT's word for a row without an adapter
+ADAPTER_NAMES = "adapter_names"  # PEFT's word for the argument that names each row's adapter
 
 
 class AdapterSession:
@@ -97,3 +101,30 @@ class AdapterSession:
                 remedy="pad the batch; packed sequences need explicit adapter ids",
             )
         return total // batch
+
+
+def with_adapter_names(forward: Callable[..., Any], session: AdapterSession) -> Callable[..., Any]:
+    """``forward`` with ``adapter_names`` in its signature, which is where `generate` looks for it."""
+
+    @functools.wraps(forward)
+    def wrapper(*args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        inputs = args[0] if args else kwargs.get("input_ids")
+        if inputs is None:
+            inputs = kwargs.get("inputs_embeds")
+        if inputs is None:
+            raise AdapterError(
+                "forward",
+                got="neither input_ids nor inputs_embeds",
+                rule="one of them, whose rows adapter_names names",
+                remedy="pass the batch",
+            )
+        with session.choose(adapter_names, inputs.shape[0]):
+            return forward(*args, **kwargs)
+
+    signature = inspect.signature(forward)
+    names = inspect.Parameter(ADAPTER_NAMES, inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = list(signature.parameters.values())
+    place = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
+    parameters.insert(place, names)
+    wrapper.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    return wrapper

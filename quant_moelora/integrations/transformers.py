@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
 from quant_moelora.experts.registry import AUTO, select_backend
-from quant_moelora.integrations.session import AdapterSession
+from quant_moelora.integrations.session import AdapterSession, with_adapter_names
 from quant_moelora.layer import MoEExperts
 from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
 from quant_moelora.loaders.experts import LayerFormat, describe_layers, load_layer
@@ -96,6 +96,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         self.layers: list[LayerFormat] = []
         self.backends: list[str] = []  # of each layer
         self.linears: list[QuantizedLinear] = []
+        self.shapes: dict[str, torch.Size] = {}  # of the model's parameters, before anything is loaded
 
     def _process_model_before_weight_loading(
         self,
@@ -126,6 +127,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         self.linears = describe_linears(self.checkpoint, model)
         device = torch.device(next(iter(device_map.values())) if device_map else "cpu")
         self._select_backends(device, dtype or model.dtype)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         for spec in specs:
             model.set_submodule(spec.module, FusedExperts(spec, self.session))
         missing = {rf"^{re.escape(linear.spec.module)}\.weight$" for linear in self.linears}
@@ -158,6 +160,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Read, pack and place the experts, one layer at a time, and the quantised linear layers."""
         assert self.checkpoint is not None  # _process_model_before_weight_loading
+        self._check_shapes(model)
         pairs = zip(self.layers, self.backends, strict=True)
         for layer, backend in tqdm(pairs, desc="Packing experts", unit="layer", total=len(self.layers), disable=None):
             experts = model.get_submodule(layer.spec.module)
@@ -171,8 +174,29 @@ class QuantMoELoRAQuantizer(HfQuantizer):
                 weight.copy_(linear.dequantize(self.checkpoint, weight.device))
         if self.linears:
             logger.info("%d quantised linear layers beside the experts were dequantised", len(self.linears))
-        self.checkpoint, self.layers, self.linears = None, [], []  # the quantizer lives as long as the model
+        model.forward = with_adapter_names(model.forward, self.session)
+        self.checkpoint, self.layers, self.linears, self.shapes = (
+            None,
+            [],
+            [],
+            {},
+        )  # the quantizer lives on with the model
         return model
+
+    def _check_shapes(self, model: PreTrainedModel) -> None:
+        """Raise for parameters of another shape than the model's: transformers 5.17 takes what the checkpoint has.
+
+        Raises:
+            FormatError: a parameter took the checkpoint's shape.
+        """
+        for name, parameter in model.named_parameters():
+            if parameter.shape != self.shapes.get(name, parameter.shape):
+                raise FormatError(
+                    name,
+                    got=f"shape {list(parameter.shape)} in {self.checkpoint.path if self.checkpoint else ''}",
+                    rule=f"{list(self.shapes[name])}, as config.json says",
+                    remedy="download the checkpoint again, or use the config that belongs to it",
+                )
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - untyped there
         """Saving the packed model is not possible yet."""

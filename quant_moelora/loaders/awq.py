@@ -60,7 +60,7 @@ class AWQ:
         check_header(headers["qzeros"], spec, (groups, words), (torch.int32,), what)
         scale_dtype = headers["scales"].dtype
         assert scale_dtype is not None  # check_header
-        symmetric = not config.get("zero_point", True)
+        symmetric = not config.get("zero_point", not config.get("sym", False))  # AutoAWQ's word, then gptqmodel's
         return LinearFormat(
             self.name, QuantScheme(BITS, group_size, symmetric, scale_dtype), tuple(sorted(self.required))
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from quant_moelora.core.errors import FormatError
 from quant_moelora.core.scheme import QuantScheme
 
 
@@ -42,6 +44,22 @@ class CanonicalWeight:
         index = group.unsqueeze(-2).expand(self.codes.shape)
         zero = self.scheme.symmetric_zero if self.zeros is None else self.zeros.to(torch.float32).gather(-1, index)
         return (self.codes.to(torch.float32) - zero) * self.scales.to(torch.float32).gather(-1, index)
+
+
+def check_finite(
+    weight: CanonicalWeight | Tensor,  # (E, N, K), quantised or not
+    modules: Sequence[str],
+) -> None:
+    """Raise FormatError unless the scales of every module (the values, if unquantised) are finite."""
+    what, values = ("scales", weight.scales) if isinstance(weight, CanonicalWeight) else ("weight", weight)
+    finite = torch.isfinite(values).flatten(1).all(1)
+    if not bool(finite.all()):
+        raise FormatError(
+            f"{what} of {modules[int(finite.logical_not().nonzero()[0])]}",
+            got="values that are not finite",
+            rule="finite values",
+            remedy="the checkpoint is damaged, or the quantisation failed: download or quantise again",
+        )
 
 
 def trivial_g_idx(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_moelora.core.errors import FormatError, UnsupportedError
+from quant_moelora.core.errors import UnsupportedError
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.scheme import num_groups
-from quant_moelora.loaders.canonical import CanonicalWeight
+from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
 from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
 from quant_moelora.loaders.codec import Codec, LinearFormat
 from quant_moelora.loaders.families import (
@@ -152,15 +152,7 @@ def _read_projection(
     }
     linear = layer.spec.linear(f"{layer.spec.module} ({projection})", projection)
     weight = layer.codecs[projection].decode(tensors, linear, fmt)
-    values: Tensor = weight.scales if isinstance(weight, CanonicalWeight) else weight
-    if not bool(torch.isfinite(values).all()):
-        bad = int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])
-        raise FormatError(
-            f"{'scales' if fmt.scheme else 'weight'} of {held[bad].module}",
-            got="values that are not finite",
-            rule="finite values",
-            remedy="the checkpoint is damaged, or the quantisation failed: download or quantise again",
-        )
+    check_finite(weight, [h.module for h in held])
     return weight
 
 

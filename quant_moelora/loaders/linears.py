@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_moelora.core.errors import UnsupportedError
-from quant_moelora.loaders.canonical import CanonicalWeight
+from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
 from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader
 from quant_moelora.loaders.codec import Codec, LinearFormat, LinearSpec
 from quant_moelora.loaders.families import parse_expert_module
@@ -28,9 +28,10 @@ class QuantizedLinear:
 
     def dequantize(self, checkpoint: Checkpoint, device: torch.device) -> Tensor:  # (N, K) float32
         """Read the layer and evaluate its definition."""
-        tensors = {suffix: checkpoint.read(self.headers[suffix].key).to(device) for suffix in self.fmt.tensors}
+        tensors = {suffix: checkpoint.read(self.headers[suffix].key)[None].to(device) for suffix in self.fmt.tensors}
         weight = self.codec.decode(tensors, self.spec, self.fmt)
-        return weight.dequantize() if isinstance(weight, CanonicalWeight) else weight.to(torch.float32)
+        check_finite(weight, [self.spec.module])
+        return (weight.dequantize() if isinstance(weight, CanonicalWeight) else weight.to(torch.float32))[0]
 
 
 def describe_linears(checkpoint: Checkpoint, model: nn.Module) -> list[QuantizedLinear]:

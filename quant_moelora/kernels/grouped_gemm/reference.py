@@ -1,4 +1,4 @@
-"""grouped_gemm in plain torch: one expert at a time, weights dequantised exactly, float32 accumulation."""
+"""grouped_gemm in plain torch: one expert at a time, weights dequantised exactly, sums in float64."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ def grouped_gemm(
     for expert, (begin, end) in enumerate(itertools.pairwise(offsets)):
         if begin == end:
             continue
-        # In the order of the batch, whatever the adapters: a row's bits may depend on its place in the product.
+        # In the order of the batch, whatever the adapters, and in float64, rounded to float32: the bits of a float32
+        # product's row depend on its place and on how many rows there are, which the adapters of other rows change.
         pairs = plan.rows[begin:end].to(torch.int64).sort().values
         index = slice(expert, expert + 1)
         w, bias = weight.dequantize(index)[0], weight.logical_bias(index)
-        rows = x[pairs // rows_per_input, : weight.k].to(torch.float32)
+        rows = x[pairs // rows_per_input, : weight.k].to(torch.float64)
         product = out.new_zeros(len(pairs), weight.halves, stride, dtype=torch.float32)
-        product[..., : weight.n] = torch.einsum("pk,hnk->phn", rows, w)
+        product[..., : weight.n] = torch.einsum("pk,hnk->phn", rows, w.to(torch.float64)).to(torch.float32)
         if bias is not None:
             product[..., : weight.n] += bias[0]
         out[pairs] = product.flatten(1).to(out.dtype)

@@ -1,0 +1,152 @@
+"""Quantised linear layers beside the experts."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quant_moelora.core.errors import FormatError, UnsupportedError
+from quant_moelora.loaders.checkpoint import Checkpoint
+from quant_moelora.loaders.families import build_skeleton
+from quant_moelora.loaders.linears import describe_linears
+from tests.checkpoints import (
+    ENCODERS,
+    Linear,
+    gptq_v1,
+    layer_tensors,
+    quantization_config,
+    qwen3_config,
+    random_layer,
+    random_linear,
+    write_checkpoint,
+)
+
+CPU = torch.device("cpu")
+ATTENTION = "model.layers.0.self_attn"
+
+
+def model(**shapes: tuple[int, int]) -> nn.Module:
+    """Linear layers of ``out, in`` on the meta device by name, where underscores stand for dots."""
+    root = nn.Module()
+    for name, (n, k) in shapes.items():
+        parent = root
+        *path, last = name.split("__")
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, nn.Linear(k, n, device="meta"))
+    return root
+
+
+def encode(fmt: str, linears: dict[str, Linear]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{suffix}": tensor
+        for name, linear in linears.items()
+        for suffix, tensor in ENCODERS[fmt](linear).items()
+    }
+
+
+@pytest.mark.parametrize("fmt", ENCODERS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_described_and_dequantised(tmp_path: Path, fmt: str, symmetric: bool, act_order: bool) -> None:
+    """Attention of a real family; what is unquantised, a bias and the experts are not among them."""
+    rng = np.random.default_rng(0)
+    kwargs: dict[str, Any] = {"symmetric": symmetric, "act_order": act_order and fmt != "awq"}
+    shapes = {"q_proj": (64, 64), "k_proj": (32, 64), "o_proj": (64, 64)}
+    linears = {f"{ATTENTION}.{name}": random_linear(rng, *shape, **kwargs) for name, shape in shapes.items()}
+    tensors = encode(fmt, linears) | layer_tensors(random_layer(rng, 2, 64, 32, **kwargs), ENCODERS[fmt])
+    tensors |= {f"{ATTENTION}.v_proj.weight": torch.zeros(32, 64), f"{ATTENTION}.q_proj.bias": torch.zeros(64)}
+    tensors |= {"model.layers.0.mlp.gate.weight": torch.zeros(2, 64), "lm_head.weight": torch.zeros(64, 64)}
+    config = qwen3_config(2, 64, 32, num_key_value_heads=1, attention_bias=True)
+    quantization = quantization_config(fmt, linears[f"{ATTENTION}.q_proj"])
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, config, quantization))
+    found = {linear.spec.module: linear for linear in describe_linears(checkpoint, build_skeleton(checkpoint))}
+    assert found.keys() == linears.keys()
+    for name, linear in linears.items():
+        assert (found[name].spec.n, found[name].spec.k) == linear.codes.shape
+        weight = found[name].dequantize(checkpoint, CPU)
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, linear.weight)
+
+
+def test_each_layer_has_its_own_format(tmp_path: Path) -> None:
+    """Outside the experts nothing is stacked, so that layers need not be alike."""
+    rng = np.random.default_rng(0)
+    linears = {"a": random_linear(rng, 16, 64), "b": random_linear(rng, 24, 32, bits=8, group_size=None)}
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, encode("compressed-tensors", linears)))
+    found = {linear.spec.module: linear for linear in describe_linears(checkpoint, model(a=(16, 64), b=(24, 32)))}
+    assert {name: linear.fmt.scheme and linear.fmt.scheme.name for name, linear in found.items()} == {
+        "a": "w4a16_g32_sym",
+        "b": "w8a16_channel_sym",
+    }
+    assert all(torch.equal(found[name].dequantize(checkpoint, CPU), linears[name].weight) for name in linears)
+
+
+def test_shared_experts_and_lm_head_are_linears(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    linears = {
+        "model.layers.0.mlp.shared_expert.up_proj": random_linear(rng, 16, 32),
+        "lm_head": random_linear(rng, 64, 32),
+    }
+    tensors, config = encode("gptq", linears), quantization_config("gptq", linears["lm_head"])
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, quantization=config))
+    skeleton = model(model__layers__0__mlp__shared_expert__up_proj=(16, 32), lm_head=(64, 32))
+    assert {linear.spec.module for linear in describe_linears(checkpoint, skeleton)} == linears.keys()
+
+
+def test_router_is_no_linear(tmp_path: Path) -> None:
+    """gptqmodel 4.2.5 quantises it if it is not told otherwise."""
+    linear = random_linear(np.random.default_rng(0), 8, 64)
+    tensors = encode("gptq", {"model.layers.0.mlp.gate": linear})
+    config = qwen3_config(8, 64, 32)
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, config, quantization_config("gptq", linear)))
+    message = r"quantised module model\.layers\.0\.mlp\.gate: got \w*Router in the model, expected a linear layer"
+    with pytest.raises(UnsupportedError, match=message):
+        describe_linears(checkpoint, build_skeleton(checkpoint))
+
+
+def test_module_that_the_model_does_not_have(tmp_path: Path) -> None:
+    linear = random_linear(np.random.default_rng(0), 8, 64)
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, encode("gptq", {"model.extra": linear})))
+    with pytest.raises(UnsupportedError, match=r"quantised module model\.extra: got nothing of that name in the model"):
+        describe_linears(checkpoint, model(a=(8, 64)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module"),
+    [("deepseek_v3", "model.layers.61.self_attn.q_a_proj"), ("qwen3_next", "mtp.layers.0.self_attn.q_proj")],
+)
+def test_modules_that_transformers_ignores_are_left_alone(tmp_path: Path, model_type: str, module: str) -> None:
+    """Multi-token-prediction layers, quantised like the others: transformers itself drops these keys when it loads."""
+    linear = random_linear(np.random.default_rng(0), 64, 64)
+    config = qwen3_config(4, 64, 32, model_type=model_type, n_routed_experts=4, n_group=1, topk_group=1)
+    tensors = encode("gptq", {module: linear})
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, config, quantization_config("gptq", linear)))
+    assert describe_linears(checkpoint, build_skeleton(checkpoint)) == []
+
+
+def test_int8_weight_is_refused_by_name(tmp_path: Path) -> None:
+    """compressed-tensors "int-quantized": a weight that is no float must never be read as one."""
+    for tensors in (
+        {"a.weight": torch.zeros(16, 32, dtype=torch.int8), "a.weight_scale": torch.zeros(16, 1)},
+        {"a.weight": torch.zeros(16, 32, dtype=torch.int8)},
+        {"a.weight": torch.zeros(16, 32).to(torch.float8_e4m3fn), "a.weight_scale": torch.zeros(16, 1)},
+    ):
+        checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors))
+        with pytest.raises(UnsupportedError, match=r"format of a: got weight torch\.(int8|float8_e4m3fn) \[16, 32\]"):
+            describe_linears(checkpoint, model(a=(16, 32)))
+
+
+def test_misshapen_tensor(tmp_path: Path) -> None:
+    linear = random_linear(np.random.default_rng(0), 16, 64)
+    tensors = {f"a.{suffix}": tensor for suffix, tensor in gptq_v1(linear).items()}
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, quantization=quantization_config("gptq", linear)))
+    with pytest.raises(
+        FormatError, match=r"qweight: got shape \[8, 16\], expected \[8, 24\] for N=24, K=64.*a\.qweight"
+    ):
+        describe_linears(checkpoint, model(a=(24, 64)))

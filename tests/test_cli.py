@@ -1,0 +1,318 @@
+"""The command line, run in this process: what it prints, its JSON, and one line for what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quant_moelora.cli import main
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "quant_moelora" / "data" / "demo"
+MODEL = str(DEMO / "model")
+ADAPTERS = [f"--adapter={name}={DEMO / 'adapters' / name}" for name in ("a", "b")]
+PROMPT = "t69 t250 t133"
+LAYER_FIELDS = {
+    "layers",
+    "num_experts",
+    "hidden_size",
+    "intermediate_size",
+    "inter_pad",
+    "activation",
+    "scheme",
+    "formats",
+    "packed_bytes",
+    "backends",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Outcome of one command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+
+Command = Callable[..., Run]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run `quant-moelora ARGS` in this process."""
+
+    def run(*args: str) -> Run:
+        monkeypatch.setattr(sys, "argv", ["quant-moelora", *args])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        code = exit_info.value.code
+        captured = capsys.readouterr()
+        assert code is None or isinstance(code, int)
+        return Run(code or 0, captured.out, captured.err)
+
+    return run
+
+
+def error_line(run: Run) -> str:
+    """The one line on stderr of a refused command."""
+    assert run.code == 1
+    assert not run.out
+    lines = [line for line in run.err.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), run.err
+    assert re.fullmatch(r"error: .+: got .+, expected .+; .+", lines[0]), "what, got, rule, remedy"
+    return lines[0]
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_prints_what_a_checkpoint_holds(command: Command) -> None:
+    run = command("inspect", MODEL)
+    assert run.code == 0 and not run.err
+    bytes_on_disk = (DEMO / "model" / "model.safetensors").stat().st_size
+    for part in (
+        f"{MODEL}: qwen3_moe, {bytes_on_disk:,} bytes on disk",
+        "layers 0-1: 8 experts, hidden 128, intermediate 96 (padded 128), silu",
+        *(f"{projection} gptq w4a16_g32_asym" for projection in ("gate", "up", "down")),
+        "backend reference: serves it",
+        "quantised linear layers beside the experts: 8",
+    ):
+        assert part in run.out, run.out
+
+
+def test_inspect_json(command: Command) -> None:
+    found = command("inspect", MODEL, "--json").json
+    assert found.keys() == {"path", "model_type", "bytes", "quant_method", "experts", "quantized_linears"}
+    assert (found["path"], found["model_type"], found["quant_method"]) == (MODEL, "qwen3_moe", "gptq")
+    assert found["quantized_linears"] == 8, "q, k, v and o of two layers"
+    (layer,) = found["experts"]
+    assert layer.keys() == LAYER_FIELDS
+    # codes, and for each group of 32 columns of each padded row a 16-bit scale and zero point
+    packed = 8 * (256 * 128 // 2 + 256 * 4 * 4) + 8 * (128 * 128 // 2 + 128 * 4 * 4)
+    assert layer["packed_bytes"] == packed
+    assert layer == {
+        "layers": [0, 1],
+        "num_experts": 8,
+        "hidden_size": 128,
+        "intermediate_size": 96,
+        "inter_pad": 128,
+        "activation": "silu",
+        "scheme": "w4a16_g32_asym",
+        "formats": dict.fromkeys(("gate", "up", "down"), "gptq w4a16_g32_asym"),
+        "packed_bytes": packed,
+        "backends": {"reference": []},
+    }
+
+
+EXPECTED = {  # quant_method, scheme, layers, quantised linears, model type
+    "awq-qwen3moe-int4-g128": ("awq", "w4a16_g128_asym", [0], 4, "qwen3_moe"),
+    "base-mixtral-h128-i128": (None, "none", [0, 1], 0, "mixtral"),
+    "base-qwen3moe-h128-i96": (None, "none", [0, 1], 0, "qwen3_moe"),
+    "ct-mixtral-w4a16-g128-sym-rtn": ("compressed-tensors", "w4a16_g128_sym", [0, 1], 0, "mixtral"),
+    "ct-old-mixtral-w4a16-g32-actorder-group": ("compressed-tensors", "w4a16_g32_sym", [0, 1], 8, "mixtral"),
+    "ct-qwen3moe-w4a16-g32-asym-rtn": ("compressed-tensors", "w4a16_g32_asym", [0, 1], 0, "qwen3_moe"),
+    "gptq-mixtral-int4-g32-descact": ("gptq", "w4a16_g32_sym", [0, 1], 8, "mixtral"),
+    "gptq_v2-qwen3moe-int4-g32-asym": ("gptq", "w4a16_g32_asym", [0, 1], 8, "qwen3_moe"),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_inspect_json_of_every_golden_checkpoint(command: Command, golden: Path, name: str) -> None:
+    method, scheme, layers, linears, model_type = EXPECTED[name]
+    found = command("inspect", "--json", str(golden / "checkpoints" / name)).json
+    assert (found["quant_method"], found["model_type"]) == (method, model_type)
+    (layer,) = found["experts"]
+    assert layer.keys() == LAYER_FIELDS
+    assert (layer["scheme"], layer["layers"], found["quantized_linears"]) == (scheme, layers, linears)
+    assert layer["backends"] == {"reference": []}
+
+
+def edited(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    shutil.copytree(MODEL, folder)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+EXPERT = "model.layers.1.mlp.experts.6.up_proj"
+
+
+@pytest.mark.parametrize("verb", ["inspect", "generate"])
+def test_a_truncated_tensor_is_one_line(command: Command, tmp_path: Path, verb: str) -> None:
+    """It names the tensor, its file, the rule it breaks and the remedy."""
+
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{EXPERT}.qweight"] = tensors[f"{EXPERT}.qweight"][:, :64].clone()
+
+    folder = str(edited(tmp_path / "m", cut))
+    run = command(verb, folder) if verb == "inspect" else command(verb, "--model", folder, "--prompt", PROMPT)
+    line = error_line(run)
+    for part in (f"{EXPERT}.qweight", "model.safetensors", "[16, 64]", "[16, 96]", "N=96, K=128", "config.json names"):
+        assert part in line
+
+
+def test_a_missing_expert_is_one_line(command: Command, tmp_path: Path) -> None:
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for suffix in ("qweight", "qzeros", "scales", "g_idx"):
+            del tensors[f"{EXPERT}.{suffix}"]
+
+    line = error_line(command("inspect", str(edited(tmp_path / "m", drop))))
+    for part in ("up projection of expert 6 in layer 1", str(tmp_path / "m"), "1 of 24", "download"):
+        assert part in line
+
+
+def test_a_misshapen_tensor_beside_the_experts_is_one_line(command: Command, tmp_path: Path) -> None:
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][:64].clone()
+
+    folder = str(edited(tmp_path / "m", cut))
+    run = command("generate", "--model", folder, "--prompt", PROMPT)
+    assert run.code == 1 and not run.out
+    assert "error: " in run.err and "model.norm.weight" in run.err and "Traceback" not in run.err
+
+
+def test_other_refusals_are_one_line(command: Command, tmp_path: Path) -> None:
+    assert "no-such/folder" in error_line(command("inspect", "no-such/folder"))
+    assert "config.json" in error_line(command("inspect", str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    assert "model.safetensors" in error_line(command("inspect", str(tmp_path)))
+    shutil.copy(DEMO / "model" / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "not_a_model"}')
+    assert "not_a_model" in error_line(command("inspect", str(tmp_path)))
+
+
+def test_as_a_program(tmp_path: Path) -> None:
+    """Exit code and streams of a process of its own."""
+    command = [sys.executable, "-m", "quant_moelora.cli", "inspect", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "config.json" in error_line(Run(done.returncode, done.stdout, done.stderr))
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def generate(command: Command, *prompts: str, adapters: list[str] | None = None, more: tuple[str, ...] = ()) -> Run:
+    chosen = ADAPTERS if adapters is None else adapters
+    options = [f"--prompt={prompt}" for prompt in prompts]
+    return command("generate", "--model", MODEL, *chosen, *options, "--max-new-tokens=16", "--dtype=float32", *more)
+
+
+def test_generate_with_adapters(command: Command) -> None:
+    found = generate(command, f"a={PROMPT}", f"b={PROMPT}", PROMPT, f"__base__={PROMPT}", more=("--json",)).json
+    assert found.keys() == {"completions", "tokens_per_second", "bytes_resident"}
+    assert [(made["adapter"], made["prompt"]) for made in found["completions"]] == [
+        ("a", PROMPT),
+        ("b", PROMPT),
+        ("__base__", PROMPT),
+        ("__base__", PROMPT),
+    ]
+    texts = [made["text"] for made in found["completions"]]
+    assert len(set(texts[:3])) == 3, "three ways to go on"
+    assert texts[2] == texts[3]
+    assert found["tokens_per_second"] > 0
+    assert found["bytes_resident"].keys() == {"experts", "expert_adapters", "other"}
+    assert all(isinstance(size, int) and size > 0 for size in found["bytes_resident"].values())
+    for name, text in zip(("a", "b"), texts, strict=False):
+        alone = generate(command, f"{name}={PROMPT}", more=("--json",)).json
+        assert alone["completions"][0]["text"] == text, "the batch is what each request is alone"
+
+
+def test_generate_as_text(command: Command) -> None:
+    run = generate(command, f"b={PROMPT}", "t3")
+    assert run.code == 0
+    first, second, last = run.out.splitlines()
+    assert first.startswith(f"[b] {PROMPT} -> t")
+    assert second.startswith("[__base__] t3 -> t")
+    assert re.fullmatch(r"\d+ tokens/s; bytes resident: experts [\d,]+, expert adapters [\d,]+, other [\d,]+", last)
+
+
+def test_an_equals_sign_that_names_no_adapter_is_text(command: Command) -> None:
+    found = generate(command, "t3=t4", "=t5", "a=t3=t4", "b", more=("--json",)).json
+    assert [(made["adapter"], made["prompt"]) for made in found["completions"]] == [
+        ("__base__", "t3=t4"),
+        ("__base__", "=t5"),
+        ("a", "t3=t4"),
+        ("__base__", "b"),
+    ]
+
+
+def test_generate_without_adapters(command: Command) -> None:
+    found = generate(command, PROMPT, "a=t3", adapters=[], more=("--json", "--dtype=auto", "--device=cpu")).json
+    assert [made["adapter"] for made in found["completions"]] == ["__base__"] * 2
+    assert found["completions"][1]["prompt"] == "a=t3"
+    assert found["bytes_resident"]["expert_adapters"] == 0
+
+
+@pytest.mark.parametrize("text", ["nonsense", "=folder", "a="])
+def test_wrong_adapter_syntax(command: Command, text: str) -> None:
+    run = generate(command, PROMPT, adapters=[f"--adapter={text}"])
+    assert run.code == 1 and not run.out
+    assert len([line for line in run.err.splitlines() if line.startswith("error: ")]) == 1
+    assert "Traceback" not in run.err
+    if text == "nonsense":
+        assert "--adapter: got nonsense, expected NAME=FOLDER" in error_line(run)
+
+
+def test_one_name_for_two_adapters(command: Command) -> None:
+    """The first folder would be dropped without a word."""
+    run = generate(command, PROMPT, adapters=[ADAPTERS[0], f"--adapter=a={DEMO / 'adapters' / 'b'}"])
+    assert run.code == 1 and "error: " in run.err
+
+
+def test_an_adapter_that_does_not_fit(command: Command, golden: Path) -> None:
+    run = generate(command, PROMPT, adapters=[f"--adapter=x={golden / 'adapters' / 'lora-tp-mixtral-r4'}"])
+    assert run.code == 1 and not run.out
+    assert "experts.gate_up_proj" in run.err and "attach the adapter to the model it was trained on" in run.err
+
+
+def test_wrong_backend_and_dtype(command: Command) -> None:
+    run = generate(command, PROMPT, adapters=[], more=("--backend=merlin",))
+    assert run.code == 1 and "error: backend: got 'merlin'" in run.err
+    run = generate(command, PROMPT, adapters=[], more=("--dtype=float63",))
+    assert run.code in (1, 2) and "float63" in run.err and "Traceback" not in run.err
+    run = generate(command, PROMPT, adapters=[], more=("--device=auto",))
+    assert run.code == 1 and "error: device_map: got auto" in run.err
+
+
+def test_usage(command: Command) -> None:
+    assert command("generate", "--prompt=t3").code == 2
+    assert command("generate", "--model", MODEL).code == 2
+    assert command("nonsense").code == 2
+    assert command("--help").code == 0
+    assert generate(command, PROMPT, more=("--max-new-tokens=0",)).code == 2
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+
+def test_demo(command: Command) -> None:
+    run = command("demo")
+    assert run.code == 0
+    *completions, figures, parity = run.out.splitlines()
+    assert len(completions) == 3
+    texts: set[str] = set()
+    for line, name in zip(completions, ("__base__", "a", "b"), strict=True):
+        head, arrow, text = line.partition(" -> ")
+        assert (head, arrow) == (f"[{name}] {PROMPT}", " -> ") and text.startswith("t")
+        texts.add(text)
+    assert len(texts) == 3, "base and two adapters go three ways"
+    assert re.fullmatch(r"\d+ tokens/s; bytes resident: experts [\d,]+, expert adapters [\d,]+, other [\d,]+", figures)
+    found = re.fullmatch(r"parity with the dequantised model: .* by (\S+) \(relative RMS, float32\)", parity)
+    assert found and float(found[1]) < 1e-5
