@@ -77,11 +77,11 @@ class MoEExperts(nn.Module):
             self.injection = self._base
             return
         info = self.info
-        got = (ctx.num_experts, ctx.hidden_size, ctx.inter_pad, ctx.arena.device)
-        expected = (info.num_experts, info.hidden_size, info.inter_pad, info.device)
+        got = (ctx.num_experts, ctx.hidden_size, ctx.inter_pad, ctx.shard, ctx.arena.device)
+        expected = (info.num_experts, info.hidden_size, info.inter_pad, info.shard, info.device)
         if got != expected:
             raise AdapterError(
-                "LoRA context (E, H, inter_pad, device)",
+                "LoRA context (E, H, inter_pad, shard, device)",
                 got=got,
                 rule=f"the layer's {expected}",
                 remedy="build the context from this layer's info",

@@ -103,7 +103,7 @@ class TestRefusals:
         ctx = context(other, two_adapters(other), torch.float32, device)
         experts = MoEExperts(build().info)
         with pytest.raises(
-            AdapterError, match=r"LoRA context \(E, H, inter_pad, device\): got \(.*expected the layer's"
+            AdapterError, match=r"LoRA context \(E, H, inter_pad, shard, device\): got \(.*expected the layer's"
         ):
             experts.attach(ctx)
         assert experts.injection.ctx is None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quant_moelora.core.activations import Activation
+from quant_moelora.core.errors import AdapterError
 from quant_moelora.core.lora_context import MoELoRAContext
 from quant_moelora.core.routing import Routing
 from quant_moelora.kernels.align.reference import align
@@ -246,3 +247,20 @@ def test_no_tokens() -> None:
     case = routing(0, 2, EXPERTS, slots=torch.zeros(0, dtype=torch.int32))
     assert run13(torch.zeros(0, HIDDEN), ctx, case, torch.zeros(0, 2 * PAD)).shape == (0, 2 * PAD)
     assert run2(torch.zeros(0, PAD), ctx, case, torch.zeros(0, HIDDEN)).shape == (0, HIDDEN)
+
+
+@pytest.mark.parametrize("slot", [-2, 2, 1 << 20])
+def test_slots_that_no_adapter_has(slot: int) -> None:
+    """A negative one would find the last adapter, one past the end the memory behind the tables."""
+    info = built().info
+    ctx = context(info, [adapter(info, torch.float32, ranks={"gate": 2, "up": 2, "down": 2})] * 2, torch.float32)
+    case = Routing(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), torch.tensor([slot], dtype=torch.int32))
+    plan, v = align(case, EXPERTS), torch.zeros(1, max(ctx.v13_width, ctx.v2_width))
+    for run in (
+        lambda: shrink13(torch.ones(1, HIDDEN), ctx, plan, 1, v),
+        lambda: expand13(v, ctx, plan, torch.zeros(1, 2 * PAD)),
+        lambda: shrink2(torch.ones(1, PAD), ctx, plan, v),
+        lambda: expand2(v, ctx, plan, torch.zeros(1, HIDDEN)),
+    ):
+        with pytest.raises(AdapterError, match=rf"adapter_ids: got {slot}, expected -1 for the base, or a slot from 0"):
+            run()

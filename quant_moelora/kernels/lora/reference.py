@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from quant_moelora.core.errors import AdapterError
 from quant_moelora.core.lora_context import A2, A13, B2, B13, DOWN, GATE, NO_FACTOR, UP, MoELoRAContext
 from quant_moelora.core.routing import BASE_SLOT, NO_EXPERT, Plan
 
@@ -20,7 +21,7 @@ def shrink13(
     v: Tensor,  # (P, v13_width) float32
 ) -> Tensor:
     """v[p] = A13 x[token of p] for pairs whose adapter has an A13 for their expert; other rows are not written."""
-    for expert, slot, pairs in _segments(plan):
+    for expert, slot, pairs in _segments(plan, ctx):
         ranks = ctx.rank[slot, :, expert].tolist()
         rows = max(ranks[GATE], int(ctx.up_col[slot, expert]) + ranks[UP])
         a13 = _factor(ctx, slot, expert, A13, rows, ctx.hidden_size)
@@ -37,7 +38,7 @@ def expand13(
 ) -> Tensor:
     """Add scaling * B13 v to gate and up, in place."""
     inter_pad = ctx.inter_pad
-    for expert, slot, pairs in _segments(plan):
+    for expert, slot, pairs in _segments(plan, ctx):
         gate_rank, up_rank, _ = ctx.rank[slot, :, expert].tolist()
         b13 = _factor(ctx, slot, expert, B13, inter_pad, gate_rank + up_rank)
         if b13 is None:
@@ -58,7 +59,7 @@ def shrink2(
     v: Tensor,  # (P, v2_width) float32
 ) -> Tensor:
     """v[p] = A2 h[p] for pairs whose adapter has an A2 for their expert; other rows are not written."""
-    for expert, slot, pairs in _segments(plan):
+    for expert, slot, pairs in _segments(plan, ctx):
         rank = int(ctx.rank[slot, DOWN, expert])
         a2 = _factor(ctx, slot, expert, A2, rank, ctx.inter_pad)
         if a2 is not None:
@@ -73,7 +74,7 @@ def expand2(
     y: Tensor,  # (P, H) float32
 ) -> Tensor:
     """Add scaling * B2 v to y, in place."""
-    for expert, slot, pairs in _segments(plan):
+    for expert, slot, pairs in _segments(plan, ctx):
         rank = int(ctx.rank[slot, DOWN, expert])
         b2 = _factor(ctx, slot, expert, B2, ctx.hidden_size, rank)
         if b2 is not None:
@@ -81,12 +82,24 @@ def expand2(
     return y
 
 
-def _segments(plan: Plan) -> Iterator[tuple[int, int, Tensor]]:
-    """(expert, slot, pairs) of every segment that has an adapter."""
+def _segments(plan: Plan, ctx: MoELoRAContext) -> Iterator[tuple[int, int, Tensor]]:
+    """(expert, slot, pairs) of every segment that has an adapter.
+
+    Raises:
+        AdapterError: a slot that no adapter has.
+    """
     table = plan.segments.tolist()
     for (expert, slot, begin), (_, _, end) in itertools.pairwise(table):
-        if expert != NO_EXPERT and slot != BASE_SLOT:
-            yield expert, slot, plan.rows[begin:end].to(torch.int64)
+        if expert == NO_EXPERT or slot == BASE_SLOT:
+            continue
+        if not 0 <= slot < ctx.num_slots:
+            raise AdapterError(
+                "adapter_ids",
+                got=slot,
+                rule=f"{BASE_SLOT} for the base, or a slot from 0 to {ctx.num_slots - 1}",
+                remedy="pass the slots of attached adapters",
+            )
+        yield expert, slot, plan.rows[begin:end].to(torch.int64)
 
 
 def _factor(ctx: MoELoRAContext, slot: int, expert: int, which: int, rows: int, columns: int) -> Tensor | None:
