@@ -25,7 +25,7 @@ from quant_moelora.loaders.families import (
     find_experts,
 )
 from quant_moelora.loaders.pack import Weight, build_info
-from quant_moelora.loaders.registry import find_codec
+from quant_moelora.loaders.registry import describe_linear
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,7 @@ def _describe_layer(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) 
     codecs: dict[Projection, Codec] = {}
     for (_, projection), held in sorted(keys.items()):
         linear = spec.linear(held.module, projection)
-        codec = find_codec(linear, held.headers, checkpoint.quantization)
-        fmt = codec.describe(linear, held.headers, checkpoint.quantization)
+        codec, fmt = describe_linear(checkpoint, linear, held.headers)
         first = formats.setdefault(projection, fmt)
         codecs.setdefault(projection, codec)
         _check_same(fmt, first, held.module, f"the {projection} projection of the layer's other experts")

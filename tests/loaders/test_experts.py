@@ -18,10 +18,11 @@ from quant_moelora.loaders.checkpoint import Checkpoint
 from quant_moelora.loaders.experts import describe_layers, load_experts, load_layer
 from quant_moelora.loaders.families import ExpertsSpec, Projection
 from tests.checkpoints import (
+    BITS,
     ENCODERS,
+    PLAIN_ORDER,
     W_NAMES,
     Layer,
-    ct_config,
     definition,
     experts_spec,
     gptq_v1,
@@ -81,9 +82,10 @@ def refuse(tmp_path: Path, layer: Layer) -> Callable[..., None]:
 def cases(draw: st.DrawFn) -> tuple[str, Layer]:
     """A format, and a layer that it can hold."""
     fmt = draw(st.sampled_from(sorted(ENCODERS)))
-    bits = 4 if fmt == "awq" else draw(st.sampled_from((4, 8)))
+    bits = draw(st.sampled_from(BITS.get(fmt, (4, 8))))
     # Up to four columns, int4 and int8 of compressed-tensors take one word each; the other formats fill whole words.
-    dim = st.integers(5, 200) if fmt == "compressed-tensors" else st.integers(1, 25).map(lambda words: 8 * words)
+    ragged = fmt in ("compressed-tensors", "int-quantized")
+    dim = st.integers(5, 200) if ragged else st.integers(1, 25).map(lambda words: 8 * words)
     layer = random_layer(
         np.random.default_rng(draw(st.integers(0, 2**32 - 1))),
         draw(st.integers(1, 4)),
@@ -93,7 +95,7 @@ def cases(draw: st.DrawFn) -> tuple[str, Layer]:
         group_size=draw(st.sampled_from((32, 64, 128, None, 16, 48))),
         symmetric=draw(st.booleans()),
         scale_dtype=draw(st.sampled_from((torch.float16, torch.bfloat16))),
-        act_order=fmt != "awq" and draw(st.booleans()),
+        act_order=fmt not in PLAIN_ORDER and draw(st.booleans()),
     )
     return fmt, layer
 
@@ -337,21 +339,6 @@ def test_unknown_format(refuse: Callable[..., None]) -> None:
         rf"format of {PARENT}\.0\.down_proj: got W_q torch.int32 .*expected one of gptq .*awq .*compressed-tensors"
     )
     refuse(rename, UnsupportedError, message)
-
-
-def test_int8_weights_are_refused_by_name(tmp_path: Path, layer: Layer) -> None:
-    """compressed-tensors "int-quantized"."""
-    tensors = layer_tensors(
-        layer,
-        lambda linear: {
-            "weight": torch.zeros(linear.codes.shape, dtype=torch.int8),
-            "weight_scale": linear.scales[:, :1].contiguous(),
-        },
-    )
-    config = {**ct_config(num_bits=8, group_size=None), "format": "int-quantized"}
-    write_checkpoint(tmp_path, tensors, quantization=config)
-    with pytest.raises(UnsupportedError, match=rf"format of {PARENT}\.0\.down_proj: got weight torch.int8 \[64, 96\]"):
-        load(tmp_path, experts_spec(layer))
 
 
 def test_bias_is_not_dropped(refuse: Callable[..., None]) -> None:
