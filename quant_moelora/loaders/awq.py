@@ -26,6 +26,7 @@ from quant_moelora.loaders.codec import (
     normalise_group_size,
 )
 from quant_moelora.loaders.gptq import check_symmetric
+from quant_moelora.loaders.overrides import module_config
 
 BITS = 4
 PER_WORD = 32 // BITS
@@ -45,6 +46,7 @@ class AWQ:
 
     def describe(self, spec: LinearSpec, headers: Headers, config: Mapping[str, Any]) -> LinearFormat:
         """See `Codec.describe`."""
+        config = module_config(spec.module, config)
         version = str(config.get("version") or config.get("format") or "gemm").lower()
         if version != "gemm":
             raise UnsupportedError(
