@@ -125,6 +125,18 @@ def awq(linear: Linear) -> dict[str, Tensor]:
     }
 
 
+def awq_gemv(linear: Linear) -> dict[str, Tensor]:
+    """GEMV: codes along K, zero points along the groups, padded by whole words."""
+    size = linear.group_size or linear.codes.shape[1]
+    to_words = {32: 4, 64: 2}.get(size, 1)
+    padding = (0, -linear.zeros.shape[1] % (8 * to_words))
+    return {
+        "qweight": pack(linear.codes, 4, 1),
+        "qzeros": pack(np.pad(linear.zeros, ((0, 0), padding)), 4, 1),
+        "scales": torch.nn.functional.pad(linear.scales, padding),
+    }
+
+
 def compressed_tensors(linear: Linear) -> dict[str, Tensor]:
     """Signed values offset by 2**(bits-1): codes along K, zero points along N; the last word of each may be short."""
     tensors = {
