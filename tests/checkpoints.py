@@ -125,6 +125,18 @@ def awq(linear: Linear) -> dict[str, Tensor]:
     }
 
 
+def awq_gemv(linear: Linear) -> dict[str, Tensor]:
+    """GEMV: codes along K, zero points along the groups, padded by whole words."""
+    size = linear.group_size or linear.codes.shape[1]
+    to_words = {32: 4, 64: 2}.get(size, 1)
+    padding = (0, -linear.zeros.shape[1] % (8 * to_words))
+    return {
+        "qweight": pack(linear.codes, 4, 1),
+        "qzeros": pack(np.pad(linear.zeros, ((0, 0), padding)), 4, 1),
+        "scales": torch.nn.functional.pad(linear.scales, padding),
+    }
+
+
 def compressed_tensors(linear: Linear) -> dict[str, Tensor]:
     """Signed values offset by 2**(bits-1): codes along K, zero points along N; the last word of each may be short."""
     tensors = {
@@ -139,12 +151,23 @@ def compressed_tensors(linear: Linear) -> dict[str, Tensor]:
     return tensors
 
 
+def int_quantized(linear: Linear) -> dict[str, Tensor]:
+    """Signed int8 values, one each, and zero points alike."""
+    tensors = {"weight": torch.from_numpy(linear.codes - 128).to(torch.int8), "weight_scale": linear.scales}
+    if not linear.symmetric:
+        tensors["weight_zero_point"] = torch.from_numpy(linear.zeros - 128).to(torch.int8)
+    return tensors
+
+
 ENCODERS: dict[str, Encoder] = {
     "gptq": gptq_v1,
     "gptq_v2": gptq_v2,
     "awq": awq,
     "compressed-tensors": compressed_tensors,
+    "int-quantized": int_quantized,
 }
+BITS = {"awq": (4,), "int-quantized": (8,)}  # of formats that do not hold both 4 and 8
+PLAIN_ORDER = ("awq", "int-quantized")  # formats without act-order
 
 
 def quantization_config(fmt: str, linear: Linear, **changes: Any) -> dict[str, Any]:
@@ -152,8 +175,9 @@ def quantization_config(fmt: str, linear: Linear, **changes: Any) -> dict[str, A
     size = linear.group_size or -1
     if fmt == "awq":
         config: dict[str, Any] = {"bits": 4, "group_size": size, "version": "gemm", "zero_point": not linear.symmetric}
-    elif fmt == "compressed-tensors":
+    elif fmt in ("compressed-tensors", "int-quantized"):
         config = ct_config(num_bits=linear.bits, group_size=linear.group_size, symmetric=linear.symmetric)
+        return {**config, "format": fmt if fmt == "int-quantized" else "pack-quantized", **changes}
     else:
         config = {"bits": linear.bits, "group_size": size, "sym": linear.symmetric, "checkpoint_format": fmt}
     return {"quant_method": "gptq" if fmt.startswith("gptq") else fmt, **config, **changes}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quant_moelora.core.errors import FormatError, MissingTensorError
+
+logger = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -78,6 +81,7 @@ class Checkpoint:
         self.quantization = self._find_quantization()
         self.headers: dict[str, TensorHeader] = {}
         self._open: dict[Path, Any] = {}
+        self._warned: set[str] = set()
         weight_map = self._weight_map()
         for file in sorted(set(weight_map.values())):
             self._read_headers(file)
@@ -157,6 +161,12 @@ class Checkpoint:
                 key, got="no such tensor", rule=f"it in {self.path}", remedy="download the checkpoint again"
             )
         return self._handle(header.file).get_tensor(key)
+
+    def warn_once(self, message: str) -> None:
+        """Log a warning about the checkpoint, unless it has been logged."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning("%s: %s", self.path, message)
 
     def modules(self) -> dict[str, dict[str, TensorHeader]]:
         """Headers by module and suffix: ``modules()["model.layers.0.mlp.gate"]["weight"]``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -41,12 +41,14 @@ class LinearFormat:
         scheme: what its codes mean, or None for an unquantised weight.
         tensors: suffixes to read.
         options: what else the codec needs to decode, from the config.
+        warning: what the user has to know of a checkpoint in this format, or None.
     """
 
     codec: str
     scheme: QuantScheme | None
     tensors: tuple[str, ...]
     options: tuple[str, ...] = ()
+    warning: str | None = field(default=None, compare=False)
 
 
 class Codec(Protocol):

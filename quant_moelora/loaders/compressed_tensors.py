@@ -29,7 +29,7 @@ from quant_moelora.loaders.codec import (
 )
 
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
 
 class PackQuantized:
@@ -45,7 +45,8 @@ class PackQuantized:
 
     def describe(self, spec: LinearSpec, headers: Headers, config: Mapping[str, Any]) -> LinearFormat:
         """See `Codec.describe`. The tensors decide; a config group that targets the module must agree with them."""
-        args = _weight_args(spec, config)
+        group = config_group(spec, config)
+        args = None if group is None else group.weights
         found = [b for b in SUPPORTED_BITS if headers["weight_packed"].shape == (spec.n, _words(spec.k, b))]
         bits = found[0] if found else (args.num_bits if args else SUPPORTED_BITS[0])
         if bits not in SUPPORTED_BITS:
@@ -55,7 +56,7 @@ class PackQuantized:
         what = f"pack-quantized int{bits}"
         check_header(headers["weight_packed"], spec, (spec.n, _words(spec.k, bits)), (torch.int32,), what)
         symmetric = "weight_zero_point" not in headers
-        group_size = _group_size(spec, headers, args)
+        group_size = stored_group_size(spec, headers, args)
         if args is not None:
             check_agrees("num_bits", spec, bits, args.num_bits)
             check_agrees("symmetric", spec, symmetric, args.symmetric)
@@ -70,7 +71,8 @@ class PackQuantized:
         scale_dtype = headers["weight_scale"].dtype
         assert scale_dtype is not None  # check_header
         scheme = QuantScheme(bits, group_size, symmetric, scale_dtype)
-        return LinearFormat(self.name, scheme, tuple(sorted(headers.keys() - {"weight_shape"})))
+        read = tuple(sorted(headers.keys() - {"weight_shape"}))
+        return LinearFormat(self.name, scheme, read, warning=weight_only(group))
 
     def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec, fmt: LinearFormat) -> CanonicalWeight:
         """See `Codec.decode`."""
@@ -89,7 +91,7 @@ def _words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def _group_size(spec: LinearSpec, headers: Headers, args: QuantizationArgs | None) -> int | None:
+def stored_group_size(spec: LinearSpec, headers: Headers, args: QuantizationArgs | None) -> int | None:
     """From the config group; without one from the number of scales, if that divides K."""
     if args is not None:
         return normalise_group_size(args.group_size)
@@ -106,8 +108,8 @@ def _group_size(spec: LinearSpec, headers: Headers, args: QuantizationArgs | Non
     return spec.k // groups
 
 
-def _weight_args(spec: LinearSpec, config: Mapping[str, Any]) -> QuantizationArgs | None:
-    """The weights' arguments of the config group that targets a module; None if there is none."""
+def config_group(spec: LinearSpec, config: Mapping[str, Any]) -> QuantizationScheme | None:
+    """The first config group that targets a module; None if there is none."""
     from compressed_tensors.utils.match import is_match
 
     if not config:
@@ -116,8 +118,18 @@ def _weight_args(spec: LinearSpec, config: Mapping[str, Any]) -> QuantizationArg
     linear = _any_linear()
     for group in parsed.config_groups.values():
         if not isinstance(group, list) and is_match(spec.module, linear, group.targets, parsed.ignore or ()):
-            return group.weights
+            return group
     return None
+
+
+def weight_only(group: QuantizationScheme | None) -> str | None:
+    """The warning that a config group's activations are not quantised here, if it wants them to be."""
+    if group is None or group.input_activations is None:
+        return None
+    return (
+        "the checkpoint quantises input activations too (such as W8A8): its weights are loaded as they are and "
+        "activations stay unquantised, so that outputs differ a little from those of an engine that rounds both"
+    )
 
 
 @lru_cache(maxsize=4)  # a model has one config and tens of thousands of modules that match against it

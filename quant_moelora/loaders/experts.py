@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quant_moelora.core.errors import UnsupportedError
 from quant_moelora.core.quant_info import MoEQuantInfo
-from quant_moelora.core.scheme import num_groups
+from quant_moelora.core.scheme import QuantScheme, num_groups
 from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
 from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
 from quant_moelora.loaders.codec import Codec, LinearFormat
@@ -25,7 +25,8 @@ from quant_moelora.loaders.families import (
     find_experts,
 )
 from quant_moelora.loaders.pack import Weight, build_info
-from quant_moelora.loaders.registry import find_codec
+from quant_moelora.loaders.promote import common_scheme, promote
+from quant_moelora.loaders.registry import describe_linear
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,18 @@ class LayerFormat:
     formats: dict[Projection, LinearFormat]
     codecs: dict[Projection, Codec]
 
+    def scheme(self, projection: Projection) -> QuantScheme | None:
+        """The scheme of the weight that a projection is part of; None if it is not quantised.
+
+        Gate and up share a weight: theirs is the one that both are promoted to.
+        """
+        own = self.formats[projection].scheme
+        if own is None or projection == "down" or "gate" not in self.formats:
+            return own
+        gate, up = self.formats["gate"].scheme, self.formats["up"].scheme
+        assert gate is not None and up is not None  # _check_shared
+        return common_scheme(gate, up)
+
     def meta_info(self) -> MoEQuantInfo:
         """An info without data, on the meta device, for asking backends whether they would serve it.
 
@@ -55,7 +68,7 @@ class LayerFormat:
         return build_info(w13, self._meta_weight("down", 1, hidden, inter), spec.activation)
 
     def _meta_weight(self, projection: Projection, halves: int, n: int, k: int) -> Weight:
-        scheme, shape = self.formats[projection].scheme, (self.spec.num_experts, halves, n)
+        scheme, shape = self.scheme(projection), (self.spec.num_experts, halves, n)
         if scheme is None:
             return torch.empty(*shape, k, dtype=self.keys[0, projection].headers["weight"].dtype, device="meta")
         groups = num_groups(k, scheme.group_size)
@@ -108,14 +121,19 @@ def _describe_layer(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) 
     codecs: dict[Projection, Codec] = {}
     for (_, projection), held in sorted(keys.items()):
         linear = spec.linear(held.module, projection)
-        codec = find_codec(linear, held.headers, checkpoint.quantization)
-        fmt = codec.describe(linear, held.headers, checkpoint.quantization)
+        codec, fmt = describe_linear(checkpoint, linear, held.headers)
         first = formats.setdefault(projection, fmt)
         codecs.setdefault(projection, codec)
         _check_same(fmt, first, held.module, f"the {projection} projection of the layer's other experts")
     if "gate" in formats:
-        _check_same(formats["gate"], formats["up"], f"{spec.module} gate", "up, which shares a weight with it")
+        _check_shared(formats["gate"], formats["up"], f"{spec.module} gate")
     return LayerFormat(spec, keys, formats, codecs)
+
+
+def _check_shared(gate: LinearFormat, up: LinearFormat, module: str) -> None:
+    """Raise unless gate and up are alike, or can be promoted to one scheme."""
+    if gate.scheme is None or up.scheme is None or common_scheme(gate.scheme, up.scheme) is None:
+        _check_same(gate, up, module, "up, which shares a weight with it")
 
 
 def _check_same(fmt: LinearFormat, other: LinearFormat, module: str, whose: str) -> None:
@@ -125,7 +143,8 @@ def _check_same(fmt: LinearFormat, other: LinearFormat, module: str, whose: str)
             f"format of {module}",
             got=f"{fmt.codec} {names[0]} with {', '.join(fmt.tensors)}",
             rule=f"{other.codec} {names[1]} with {', '.join(other.tensors)}, the format of {whose}",
-            remedy="quantise gate and up of all experts of a layer alike",
+            remedy="quantise gate and up of all experts of a layer alike (gate and up may differ in bits, in symmetry "
+            "and in group sizes that divide each other)",
         )
 
 
@@ -153,7 +172,11 @@ def _read_projection(
     linear = layer.spec.linear(f"{layer.spec.module} ({projection})", projection)
     weight = layer.codecs[projection].decode(tensors, linear, fmt)
     check_finite(weight, [h.module for h in held])
-    return weight
+    scheme = layer.scheme(projection)
+    if isinstance(weight, Tensor):
+        return weight
+    assert scheme is not None  # the weight has codes
+    return promote(weight, scheme, linear.module)
 
 
 def _stack(parts: list[Any]) -> Weight:

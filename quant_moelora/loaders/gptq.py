@@ -6,7 +6,8 @@ bits up.
 
 The "v1" files (checkpoint_format "gptq") hold zero points minus one, subtracted from whole words (0x11111111 for
 int4), so that a zero point of 0 borrows from its neighbour: only adding the whole word back with wrap-around undoes it.
-"gptq_v2" files hold the zero points themselves.
+"gptq_v2" files hold the zero points themselves. So do "gptq_p" files: their
+planar packing is the layout above for 4 and 8 bits (gptqmodel, utils/planar_packing.py).
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ from quant_moelora.loaders.codec import (
     check_whole_words,
     normalise_group_size,
 )
+from quant_moelora.loaders.overrides import module_config
 
-V1, V2 = "gptq", "gptq_v2"
+V1, V2, PLANAR = "gptq", "gptq_v2", "gptq_p"
 # auto-round's names of its packings; "auto_gptq" subtracts one, the others do not
 _VERSIONS = {"auto_round:auto_gptq": V1, "auto_round": V2, "auto_round:gptqmodel": V2}
 _V1_OFFSET = {4: 0x11111111, 8: 0x01010101}
 
 
 class GPTQ:
-    """Codec of GPTQ v1 and v2, int4 and int8."""
+    """Codec of GPTQ v1, v2 and planar, int4 and int8."""
 
     name = "gptq"
     required = frozenset({"qweight", "qzeros", "scales"})
@@ -49,16 +51,17 @@ class GPTQ:
 
     def describe(self, spec: LinearSpec, headers: Headers, config: Mapping[str, Any]) -> LinearFormat:
         """See `Codec.describe`."""
+        config = module_config(spec.module, config)
         version = (
             config.get("checkpoint_format")
             or config.get("format")
             or _VERSIONS.get(config.get("packing_format", ""), V1)
         )
-        if version not in (V1, V2):
+        if version not in (V1, V2, PLANAR):
             raise UnsupportedError(
                 f"checkpoint_format of {spec.module}",
                 got=version,
-                rule=f"{V1} or {V2}",
+                rule=f"{V1}, {V2} or {PLANAR}",
                 remedy="convert the checkpoint with gptqmodel",
             )
         declared_bits = config.get("bits")
@@ -82,7 +85,7 @@ class GPTQ:
         scale_dtype = headers["scales"].dtype
         assert scale_dtype is not None  # check_header
         scheme = QuantScheme(bits, group_size, bool(config.get("sym", True)), scale_dtype)
-        return LinearFormat(self.name, scheme, tuple(sorted(headers)), (version,))
+        return LinearFormat(self.name, scheme, tuple(sorted(headers)), (V1 if version == V1 else V2,))
 
     def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec, fmt: LinearFormat) -> CanonicalWeight:
         """See `Codec.decode`."""

@@ -14,7 +14,7 @@ from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
 from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader
 from quant_moelora.loaders.codec import Codec, LinearFormat, LinearSpec
 from quant_moelora.loaders.families import parse_expert_module
-from quant_moelora.loaders.registry import QUANTIZED_SUFFIXES, find_codec
+from quant_moelora.loaders.registry import QUANTIZED_SUFFIXES, describe_linear
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ def describe_linears(checkpoint: Checkpoint, model: nn.Module) -> list[Quantized
             )
         spec = LinearSpec(name, module.out_features, module.in_features)
         own = {suffix: header for suffix, header in headers.items() if suffix != "bias"}
-        codec = find_codec(spec, own, checkpoint.quantization)
-        found.append(QuantizedLinear(spec, codec, codec.describe(spec, own, checkpoint.quantization), own))
+        found.append(QuantizedLinear(spec, *describe_linear(checkpoint, spec, own), own))
     return found
 
 

@@ -7,13 +7,28 @@ from typing import Any
 
 from quant_moelora.core.errors import MissingTensorError, UnsupportedError
 from quant_moelora.loaders.awq import AWQ
-from quant_moelora.loaders.codec import Codec, Headers, LinearSpec
+from quant_moelora.loaders.checkpoint import Checkpoint
+from quant_moelora.loaders.codec import Codec, Headers, LinearFormat, LinearSpec
 from quant_moelora.loaders.compressed_tensors import PackQuantized
 from quant_moelora.loaders.dense import Dense
 from quant_moelora.loaders.gptq import GPTQ
+from quant_moelora.loaders.int_quantized import IntQuantized
 
-CODECS: tuple[Codec, ...] = (GPTQ(), AWQ(), PackQuantized(), Dense())
+CODECS: tuple[Codec, ...] = (GPTQ(), AWQ(), PackQuantized(), IntQuantized(), Dense())
 QUANTIZED_SUFFIXES = frozenset().union(*(c.required | c.optional for c in CODECS)) - Dense.required
+
+
+def describe_linear(checkpoint: Checkpoint, spec: LinearSpec, headers: Headers) -> tuple[Codec, LinearFormat]:
+    """The codec of a module and how it is stored; what the user has to know of that is logged once a checkpoint.
+
+    Raises:
+        MissingTensorError, FormatError, UnsupportedError: see `find_codec` and `Codec.describe`.
+    """
+    codec = find_codec(spec, headers, checkpoint.quantization)
+    fmt = codec.describe(spec, headers, checkpoint.quantization)
+    if fmt.warning:
+        checkpoint.warn_once(fmt.warning)
+    return codec, fmt
 
 
 def find_codec(spec: LinearSpec, headers: Headers, config: Mapping[str, Any]) -> Codec:
@@ -37,7 +52,7 @@ def find_codec(spec: LinearSpec, headers: Headers, config: Mapping[str, Any]) ->
     partial = [
         c for c in CODECS if c.required & suffixes and c.required - suffixes and suffixes <= c.required | c.optional
     ]
-    if partial:
+    if partial and not named:  # a lone weight of a dtype that is not served is not half of a format
         codec = next((c for c in partial if c.name == config.get("quant_method")), partial[0])
         absent = ", ".join(sorted(codec.required - suffixes))
         raise MissingTensorError(

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from quant_moelora.core.errors import (
 )
 from quant_moelora.integrations.transformers import FusedExperts, experts_of, from_pretrained
 from tests.adapters import Tensors
+from tests.checkpoints import ct_config, int_quantized, random_linear
 from tests.integrations.models import (
     ACCEPTED,
     BASES,
@@ -315,3 +317,28 @@ def test_no_such_checkpoint(tmp_path: Path) -> None:
         load(Path("no/such-model"))
     with pytest.raises(FormatError, match=r"config\.json"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
+def test_int8_attention_is_dequantised(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    """Its key is that of an unquantised weight, which transformers must not read it as."""
+    rng, expected = np.random.default_rng(0), dict[str, Tensor]()
+
+    def quantise(tensors: Tensors) -> Tensors:
+        for key in [key for key in tensors if "self_attn" in key and key.endswith("_proj.weight")]:
+            linear = random_linear(rng, *tensors[key].shape, bits=8, group_size=None, scale_dtype=torch.bfloat16)
+            expected[key] = linear.weight
+            module = key.removesuffix(".weight")
+            tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in int_quantized(linear).items()}
+        return tensors
+
+    def declare(config: dict[str, Any]) -> None:
+        config["quantization_config"] = ct_config(num_bits=8, group_size=None)
+
+    folder = copy_checkpoint("base-qwen3moe-h128-i96", tmp_path / "model", tensors=quantise, config=declare)
+    model = load(folder, dtype=dtype)
+    assert len(expected) == 8
+    for key, weight in expected.items():
+        parameter = model.get_parameter(key)
+        assert parameter.dtype == (dtype or torch.bfloat16)
+        assert torch.equal(parameter.cpu(), weight.to(parameter.dtype))

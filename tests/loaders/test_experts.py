@@ -14,11 +14,14 @@ from torch import Tensor
 
 from quant_moelora.core.errors import FormatError, MissingTensorError, QuantMoELoRAError, UnsupportedError
 from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.core.weights import PackedWeight
 from quant_moelora.loaders.checkpoint import Checkpoint
 from quant_moelora.loaders.experts import describe_layers, load_experts, load_layer
 from quant_moelora.loaders.families import ExpertsSpec, Projection
 from tests.checkpoints import (
+    BITS,
     ENCODERS,
+    PLAIN_ORDER,
     W_NAMES,
     Layer,
     ct_config,
@@ -81,9 +84,10 @@ def refuse(tmp_path: Path, layer: Layer) -> Callable[..., None]:
 def cases(draw: st.DrawFn) -> tuple[str, Layer]:
     """A format, and a layer that it can hold."""
     fmt = draw(st.sampled_from(sorted(ENCODERS)))
-    bits = 4 if fmt == "awq" else draw(st.sampled_from((4, 8)))
+    bits = draw(st.sampled_from(BITS.get(fmt, (4, 8))))
     # Up to four columns, int4 and int8 of compressed-tensors take one word each; the other formats fill whole words.
-    dim = st.integers(5, 200) if fmt == "compressed-tensors" else st.integers(1, 25).map(lambda words: 8 * words)
+    ragged = fmt in ("compressed-tensors", "int-quantized")
+    dim = st.integers(5, 200) if ragged else st.integers(1, 25).map(lambda words: 8 * words)
     layer = random_layer(
         np.random.default_rng(draw(st.integers(0, 2**32 - 1))),
         draw(st.integers(1, 4)),
@@ -93,7 +97,7 @@ def cases(draw: st.DrawFn) -> tuple[str, Layer]:
         group_size=draw(st.sampled_from((32, 64, 128, None, 16, 48))),
         symmetric=draw(st.booleans()),
         scale_dtype=draw(st.sampled_from((torch.float16, torch.bfloat16))),
-        act_order=fmt != "awq" and draw(st.booleans()),
+        act_order=fmt not in PLAIN_ORDER and draw(st.booleans()),
     )
     return fmt, layer
 
@@ -339,21 +343,6 @@ def test_unknown_format(refuse: Callable[..., None]) -> None:
     refuse(rename, UnsupportedError, message)
 
 
-def test_int8_weights_are_refused_by_name(tmp_path: Path, layer: Layer) -> None:
-    """compressed-tensors "int-quantized"."""
-    tensors = layer_tensors(
-        layer,
-        lambda linear: {
-            "weight": torch.zeros(linear.codes.shape, dtype=torch.int8),
-            "weight_scale": linear.scales[:, :1].contiguous(),
-        },
-    )
-    config = {**ct_config(num_bits=8, group_size=None), "format": "int-quantized"}
-    write_checkpoint(tmp_path, tensors, quantization=config)
-    with pytest.raises(UnsupportedError, match=rf"format of {PARENT}\.0\.down_proj: got weight torch.int8 \[64, 96\]"):
-        load(tmp_path, experts_spec(layer))
-
-
 def test_bias_is_not_dropped(refuse: Callable[..., None]) -> None:
     def add(tensors: Tensors) -> None:
         tensors[f"{PARENT}.0.up_proj.bias"] = torch.zeros(INTER).half()
@@ -372,14 +361,74 @@ def test_experts_of_different_formats(refuse: Callable[..., None], projection: P
     refuse(unquantise, UnsupportedError, message)
 
 
-@pytest.mark.parametrize(
-    "change", [{"bits": 8}, {"group_size": 64}, {"symmetric": False}, {"scale_dtype": torch.bfloat16}], ids=str
-)
-def test_gate_and_up_of_different_schemes(tmp_path: Path, layer: Layer, change: dict[str, Any]) -> None:
+@st.composite
+def mixed_layers(draw: st.DrawFn) -> Layer:
+    """Gate and up that differ in bits, symmetry and group size."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    layer = random_layer(rng, 2, draw(st.integers(5, 200)), 24)
+    for projection in ("gate", "up"):
+        bits, symmetric = draw(st.sampled_from((4, 8))), draw(st.booleans())
+        size = draw(st.sampled_from((16, 32, 64, 128, None)))
+        for expert in range(2):
+            shape = layer[expert, projection].codes.shape
+            layer[expert, projection] = random_linear(rng, *shape, bits=bits, group_size=size, symmetric=symmetric)
+    return layer
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(mixed_layers())
+def test_gate_and_up_of_different_schemes_are_promoted_exactly(layer: Layer) -> None:
+    parts = (layer[0, "gate"], layer[0, "up"])
+    with tempfile.TemporaryDirectory() as folder:
+        # A short last group cannot be told from the number of scales.
+        configs = [
+            ct_config((rf"re:.*{p}_proj$",), num_bits=x.bits, group_size=x.group_size, symmetric=x.symmetric)
+            for p, x in (("gate", parts[0]), ("up", parts[1]), ("down", layer[0, "down"]))
+        ]
+        groups = {f"group_{i}": c["config_groups"]["group_0"] for i, c in enumerate(configs)}
+        tensors = layer_tensors(layer, ENCODERS["compressed-tensors"])
+        write_checkpoint(Path(folder), tensors, quantization={**configs[0], "config_groups": groups})
+        checkpoint = Checkpoint(folder)
+        (fmt,) = describe_layers(checkpoint, [experts_spec(layer)])
+        info = load_layer(checkpoint, fmt, "cpu")
+    check(info, definition(layer))
+    assert isinstance(info.w13, PackedWeight)
+    scheme = info.w13.scheme
+    assert scheme.bits == max(part.bits for part in parts)
+    assert scheme.symmetric == all(part.symmetric for part in parts)
+    assert scheme.group_size == min((part.group_size for part in parts if part.group_size), default=None)
+    meta = fmt.meta_info()
+    assert meta.scheme_name == info.scheme_name
+    assert {n: t.shape for n, t in meta.tensors().items()} == {n: t.shape for n, t in info.tensors().items()}
+
+
+def test_act_order_cannot_be_promoted_to_smaller_groups(tmp_path: Path, layer: Layer) -> None:
+    rng = np.random.default_rng(1)
+    for expert in range(EXPERTS):
+        layer[expert, "up"] = random_linear(rng, INTER, HIDDEN, group_size=None, bits=8)
+        layer[expert, "gate"] = random_linear(rng, INTER, HIDDEN, act_order=True)
+    encode = ENCODERS["compressed-tensors"]
+    write_checkpoint(tmp_path, layer_tensors(layer, encode))
+    check(load(tmp_path, experts_spec(layer)), definition(layer))  # groups that stay as they are
+    for expert in range(EXPERTS):
+        layer[expert, "up"] = random_linear(rng, INTER, HIDDEN, group_size=16)
+    write_checkpoint(tmp_path, layer_tensors(layer, encode))
+    with pytest.raises(
+        UnsupportedError, match=r"g_idx of .*gate.*: got act-order in groups of 32, expected groups of 16"
+    ):
+        load(tmp_path, experts_spec(layer))
+
+
+@pytest.mark.parametrize("change", [{"group_size": 48}, {"scale_dtype": torch.bfloat16}], ids=str)
+def test_gate_and_up_of_schemes_that_have_none_in_common(tmp_path: Path, layer: Layer, change: dict[str, Any]) -> None:
     rng = np.random.default_rng(1)
     for expert in range(EXPERTS):
         layer[expert, "up"] = random_linear(rng, INTER, HIDDEN, **change)
-    write_checkpoint(tmp_path, layer_tensors(layer, ENCODERS["compressed-tensors"]))
+    config = None
+    if "group_size" in change:  # short last groups need one
+        config = ct_config((r"re:.*up_proj$",), group_size=48)
+        config["config_groups"]["group_1"] = ct_config()["config_groups"]["group_0"]
+    write_checkpoint(tmp_path, layer_tensors(layer, ENCODERS["compressed-tensors"]), quantization=config)
     with pytest.raises(
         UnsupportedError, match=rf"format of {PARENT} gate: .*w4a16_g32_sym.*expected.*up, which shares"
     ):

@@ -130,6 +130,13 @@ def test_version_is_in_checkpoint_format_or_format(config: dict[str, Any]) -> No
     assert torch.equal(weight.dequantize(), linear.weight)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_planar_is_v2_for_four_and_eight_bits(bits: int) -> None:
+    linear = random_linear(np.random.default_rng(0), 16, 32, bits=bits, symmetric=False)
+    config = quantization_config("gptq", linear, checkpoint_format="gptq_p")
+    assert torch.equal(decode(gptq_v2(linear), linear, config).dequantize(), linear.weight)
+
+
 def test_without_a_version_the_file_is_v1() -> None:
     linear = random_linear(np.random.default_rng(0), 16, 32, symmetric=False)
     config = quantization_config("gptq", linear)
@@ -178,7 +185,11 @@ def test_asymmetric_file_declared_symmetric_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"checkpoint_format": "marlin"}, UnsupportedError, "checkpoint_format.*got marlin, expected gptq or gptq_v2"),
+        (
+            {"checkpoint_format": "marlin"},
+            UnsupportedError,
+            "checkpoint_format.*got marlin, expected gptq, gptq_v2 or gptq_p",
+        ),
         ({"bits": 8}, FormatError, "bits of .*up_proj: got 4 from the tensors' shapes, expected 8"),
         ({"bits": 3}, FormatError, "bits of .*up_proj: got 4 from the tensors' shapes, expected 3"),
         ({"group_size": 64}, FormatError, r"scales: got shape \[4, 16\], expected \[2, 16\].*group_size 64"),

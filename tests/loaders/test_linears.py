@@ -13,7 +13,9 @@ from quant_moelora.loaders.checkpoint import Checkpoint
 from quant_moelora.loaders.families import build_skeleton
 from quant_moelora.loaders.linears import describe_linears
 from tests.checkpoints import (
+    BITS,
     ENCODERS,
+    PLAIN_ORDER,
     Linear,
     gptq_v1,
     layer_tensors,
@@ -56,7 +58,8 @@ def encode(fmt: str, linears: dict[str, Linear]) -> dict[str, Tensor]:
 def test_described_and_dequantised(tmp_path: Path, fmt: str, symmetric: bool, act_order: bool) -> None:
     """Attention of a real family; what is unquantised, a bias and the experts are not among them."""
     rng = np.random.default_rng(0)
-    kwargs: dict[str, Any] = {"symmetric": symmetric, "act_order": act_order and fmt != "awq"}
+    kwargs: dict[str, Any] = {"symmetric": symmetric, "act_order": act_order and fmt not in PLAIN_ORDER}
+    kwargs["bits"] = BITS.get(fmt, (4,))[0]
     shapes = {"q_proj": (64, 64), "k_proj": (32, 64), "o_proj": (64, 64)}
     linears = {f"{ATTENTION}.{name}": random_linear(rng, *shape, **kwargs) for name, shape in shapes.items()}
     tensors = encode(fmt, linears) | layer_tensors(random_layer(rng, 2, 64, 32, **kwargs), ENCODERS[fmt])
@@ -130,10 +133,9 @@ def test_modules_that_transformers_ignores_are_left_alone(tmp_path: Path, model_
     assert describe_linears(checkpoint, build_skeleton(checkpoint)) == []
 
 
-def test_int8_weight_is_refused_by_name(tmp_path: Path) -> None:
-    """compressed-tensors "int-quantized": a weight that is no float must never be read as one."""
+def test_weight_that_is_no_float_is_refused_by_name(tmp_path: Path) -> None:
+    """It must never be read as one: int8 without a scale, and float8 with one."""
     for tensors in (
-        {"a.weight": torch.zeros(16, 32, dtype=torch.int8), "a.weight_scale": torch.zeros(16, 1)},
         {"a.weight": torch.zeros(16, 32, dtype=torch.int8)},
         {"a.weight": torch.zeros(16, 32).to(torch.float8_e4m3fn), "a.weight_scale": torch.zeros(16, 1)},
     ):

@@ -1,0 +1,67 @@
+"""Promotion of a canonical weight to a scheme that says more, where every value stays the same.
+
+4 bits become 8: a symmetric code moves with its zero point, from 8 to 128; a code with a zero point of its own stays.
+A group becomes several that share its scale. A symmetric weight gets zero points. Scales never change their dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core.errors import UnsupportedError
+from quant_moelora.core.scheme import QuantScheme, num_groups
+from quant_moelora.loaders.canonical import CanonicalWeight
+
+
+def common_scheme(a: QuantScheme, b: QuantScheme) -> QuantScheme | None:
+    """The least scheme that weights of both can be promoted to; None if there is none.
+
+    Group sizes must divide each other; a group for each channel is divided by any size.
+    """
+    if a.scale_dtype != b.scale_dtype:
+        return None
+    sizes = sorted(size for size in (a.group_size, b.group_size) if size is not None)
+    if len(sizes) == 2 and sizes[1] % sizes[0]:
+        return None
+    return QuantScheme(max(a.bits, b.bits), sizes[0] if sizes else None, a.symmetric and b.symmetric, a.scale_dtype)
+
+
+def promote(weight: CanonicalWeight, scheme: QuantScheme, what: str) -> CanonicalWeight:
+    """The same weight in ``scheme``, a `common_scheme` of its own and another.
+
+    Args:
+        weight: the weight.
+        scheme: its new scheme.
+        what: its name, for messages.
+
+    Raises:
+        UnsupportedError: its groups would have to be divided, and act-order mixes their columns.
+    """
+    old = weight.scheme
+    if old == scheme:
+        return weight
+    if weight.g_idx is not None and old.group_size != scheme.group_size:
+        raise UnsupportedError(
+            f"g_idx of {what}",
+            got=f"act-order in groups of {old.group_size or 'a channel'}",
+            rule=f"groups of {scheme.group_size}, the size of the projection that it shares a weight with",
+            remedy="quantise gate and up with one group size, or without act-order",
+        )
+    k = weight.codes.shape[-1]
+    codes, scales, zeros = weight.codes, weight.scales, weight.zeros
+    if old.symmetric:
+        shift = scheme.symmetric_zero - old.symmetric_zero  # codes and zero points together
+        codes = codes + shift
+        zeros = None if scheme.symmetric else torch.full_like(scales, scheme.symmetric_zero, dtype=torch.uint8)
+    first = torch.arange(num_groups(k, scheme.group_size), device=codes.device) * (scheme.group_size or k)
+    group = first // (old.group_size or k)  # old group of each new one
+
+    def divided(values: Tensor) -> Tensor:  # (..., N, G) -> (..., N, new G)
+        return values[..., group]
+
+    return replace(
+        weight, scheme=scheme, codes=codes, scales=divided(scales), zeros=None if zeros is None else divided(zeros)
+    )
