@@ -1,4 +1,4 @@
-"""Command line: inspect and verify a checkpoint, generate with adapters, run the demo."""
+"""Command line: inspect and verify a checkpoint, generate with adapters, export them, run the demo."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from quant_moelora.integrations.verify import Verification
+    from quant_moelora.lora.export import Form
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="LoRA on quantised Mixture-of-Experts models.")
 
@@ -33,6 +34,13 @@ class DType(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class AdapterForm(StrEnum):
+    """PEFT's two forms of LoRA on experts."""
+
+    FUSED = "fused"
+    PER_EXPERT = "per-expert"
 
 
 @dataclass(frozen=True)
@@ -286,6 +294,27 @@ def echo_report(report: Report) -> None:
         typer.echo(f"[{completion.adapter}] {completion.prompt} -> {completion.text}")
     resident = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in report.bytes_resident.items())
     typer.echo(f"{report.tokens_per_second:.0f} tokens/s; bytes resident: {resident}")
+
+
+@app.command()
+def export_adapter(
+    model: Annotated[str, typer.Option(help="Folder of the adapter's model, or a repository of the hub.")],
+    adapter: Annotated[str, typer.Option(help="Folder of the adapter, or a repository of the hub.")],
+    to: Annotated[Path, typer.Option(help="Folder to write; it must not hold an adapter.")],
+    form: Annotated[AdapterForm, typer.Option(help="How PEFT's files hold LoRA on experts.")],
+) -> None:
+    """Write an adapter in the other of PEFT's forms; only headers of the model are read."""
+    from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
+    from quant_moelora.loaders.families import build_skeleton, find_experts
+    from quant_moelora.lora.adapter_file import load_adapter
+    from quant_moelora.lora.export import export_adapter
+
+    skeleton = build_skeleton(Checkpoint(resolve_checkpoint(model)))
+    specs = find_experts(skeleton)
+    loaded = load_adapter(resolve_checkpoint(adapter), specs)
+    written: Form = "fused" if form is AdapterForm.FUSED else "per_expert"
+    export_adapter(loaded, specs, to, written, skeleton.config.model_type)
+    typer.echo(f"{to}: {form.value}, {len(loaded.layers)} layers of experts, {len(loaded.linears)} other linear layers")
 
 
 @app.command()

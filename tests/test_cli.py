@@ -363,6 +363,36 @@ def test_usage(command: Command) -> None:
     assert generate(command, PROMPT, more=("--max-new-tokens=0",)).code == 2
 
 
+# --- export-adapter ---------------------------------------------------------------------------------------------------
+
+
+def test_export_adapter_there_and_back(command: Command, tmp_path: Path) -> None:
+    def run(adapter: Path, to: Path, form: str) -> Run:
+        return command("export-adapter", "--model", MODEL, "--adapter", str(adapter), "--to", str(to), "--form", form)
+
+    source, apart, fused = DEMO / "adapters" / "a", tmp_path / "apart", tmp_path / "fused"
+    done = run(source, apart, "per-expert")
+    assert done.code == 0 and not done.err
+    assert done.out == f"{apart}: per-expert, 2 layers of experts, 0 other linear layers\n"
+    assert run(apart, fused, "fused").code == 0
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (source, fused))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert "choose another folder" in error_line(run(source, fused, "fused"))
+    assert run(source, tmp_path / "n", "per_expert").code == 2
+    texts = [generate(command, f"x={PROMPT}", adapters=[f"--adapter=x={f}"], more=("--json",)) for f in (source, apart)]
+    assert texts[0].json["completions"] == texts[1].json["completions"]
+
+
+def test_export_adapter_names_what_the_form_cannot_hold(command: Command, golden: Path, tmp_path: Path) -> None:
+    model = golden / "checkpoints" / "base-mixtral-h128-i128"
+    adapter = golden / "adapters" / "lora-mod-mixtral-rankpattern"
+    names = ("--model", str(model), "--adapter", str(adapter), "--to", str(tmp_path / "n"))
+    line = error_line(command("export-adapter", *names, "--form=fused"))
+    for part in ("gate and up of expert 3", "layers.1", "rank 16", "rank 8", "per_expert"):
+        assert part in line
+
+
 # --- demo -------------------------------------------------------------------------------------------------------------
 
 
