@@ -1,4 +1,4 @@
-"""Command line: inspect a checkpoint, generate with adapters, run the demo."""
+"""Command line: inspect and verify a checkpoint, generate with adapters, export them, run the demo."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from quant_moelora.integrations.session import BASE_NAME
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from quant_moelora.integrations.verify import Verification
+    from quant_moelora.lora.export import Form
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="LoRA on quantised Mixture-of-Experts models.")
 
 _DEMO_PROMPT = "t69 t250 t133"  # the demo's model is random and its vocabulary is t0 to t255
@@ -31,6 +34,13 @@ class DType(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class AdapterForm(StrEnum):
+    """PEFT's two forms of LoRA on experts."""
+
+    FUSED = "fused"
+    PER_EXPERT = "per-expert"
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,58 @@ def _ranges(numbers: list[int]) -> str:
 
 
 @app.command()
+def verify(
+    path: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a repository of the hub.")],
+    against: Annotated[str | None, typer.Option(help="The model that the checkpoint was quantised from.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Dequantise all experts and compare the packed model's logits with those of the dequantised model.
+
+    Exit code 1 if anything is missing, misshapen or not finite, or if the logits differ.
+    """
+    from quant_moelora.integrations.verify import verify
+
+    found = verify(path, against)
+    if as_json:
+        typer.echo(json.dumps({"ok": found.ok, **asdict(found)}, indent=2))
+    else:
+        echo_verification(found)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def echo_verification(found: Verification) -> None:
+    """Print a verification as a table and its verdicts."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    headers = ("layer", "projection", "scheme", "min", "max", "rms", "zero scales", "end codes", "error to dense")
+    for header in headers:
+        table.add_column(header, no_wrap=True, justify="left" if header in ("projection", "scheme") else "right")
+    for row in found.projections:
+        values = (f"{value:.4g}" for value in (row.minimum, row.maximum, row.rms))
+        shares = ("-" if value is None else f"{value:.2%}" for value in (row.zero_scales, row.end_codes))
+        error = "-" if row.relative_error is None else f"{row.relative_error:.4f}"
+        table.add_row(str(row.layer), row.projection, row.scheme, *values, *shares, error)
+    typer.echo(f"{found.path}: {found.model_type}, {found.dtype}")
+    Console(width=max(Console().width, 120)).print(table)  # a pipe has no width, and figures must not be cut
+    losses: dict[str, list[int]] = {}
+    for layer in found.backends:
+        losses.setdefault(f"backend {layer.backend} in {found.dtype}: {layer.lossy or 'loses nothing'}", []).append(
+            layer.layer
+        )
+    for loss, layers in losses.items():
+        typer.echo(f"layers {_ranges(layers)}: {loss}")
+    verdict = "ok" if found.ok else "FAILED"
+    typer.echo(
+        f"{verdict}: logits differ from the dequantised model's by {found.parity:.1e} (relative RMS, float32, "
+        f"allowed {found.parity_bound:.0e})"
+    )
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Option(help="Folder of a checkpoint, or a repository of the hub.")],
     prompt: Annotated[list[str], typer.Option(help="TEXT, or NAME=TEXT to use the adapter NAME. Repeat for a batch.")],
@@ -235,6 +297,27 @@ def echo_report(report: Report) -> None:
 
 
 @app.command()
+def export_adapter(
+    model: Annotated[str, typer.Option(help="Folder of the adapter's model, or a repository of the hub.")],
+    adapter: Annotated[str, typer.Option(help="Folder of the adapter, or a repository of the hub.")],
+    to: Annotated[Path, typer.Option(help="Folder to write; it must not hold an adapter.")],
+    form: Annotated[AdapterForm, typer.Option(help="How PEFT's files hold LoRA on experts.")],
+) -> None:
+    """Write an adapter in the other of PEFT's forms; only headers of the model are read."""
+    from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
+    from quant_moelora.loaders.families import build_skeleton, find_experts
+    from quant_moelora.lora.adapter_file import load_adapter
+    from quant_moelora.lora.export import export_adapter
+
+    skeleton = build_skeleton(Checkpoint(resolve_checkpoint(model)))
+    specs = find_experts(skeleton)
+    loaded = load_adapter(resolve_checkpoint(adapter), specs)
+    written: Form = "fused" if form is AdapterForm.FUSED else "per_expert"
+    export_adapter(loaded, specs, to, written, skeleton.config.model_type)
+    typer.echo(f"{to}: {form.value}, {len(loaded.layers)} layers of experts, {len(loaded.linears)} other linear layers")
+
+
+@app.command()
 def demo() -> None:
     """Complete one prompt with the base model and two adapters in one batch, on the CPU.
 
@@ -245,14 +328,13 @@ def demo() -> None:
     from transformers import AutoTokenizer
 
     from quant_moelora.integrations.adapters import attach_adapters
-    from quant_moelora.integrations.parity import dense_twin, relative_rms
+    from quant_moelora.integrations.parity import dense_twin, random_ids, relative_rms
     from quant_moelora.integrations.transformers import from_pretrained
 
     with resources.as_file(resources.files("quant_moelora") / "data" / "demo") as folder:
         model = from_pretrained(folder / "model", dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-        ids = torch.randint(3, tokenizer.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
-        parity = relative_rms(model, dense_twin(model), ids)
+        parity = relative_rms(model, dense_twin(model), random_ids(model))
         attach_adapters(model, {name: Path(folder) / "adapters" / name for name in ("a", "b")})
     report = complete(model, tokenizer, [(name, _DEMO_PROMPT) for name in (BASE_NAME, "a", "b")], 16)
     echo_report(report)

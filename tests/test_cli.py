@@ -205,6 +205,70 @@ def test_as_a_program(tmp_path: Path) -> None:
     assert "config.json" in error_line(Run(done.returncode, done.stdout, done.stderr))
 
 
+# --- verify -----------------------------------------------------------------------------------------------------------
+
+
+def test_verify_prints_a_row_a_projection_and_the_verdicts(command: Command) -> None:
+    run = command("verify", MODEL)
+    assert run.code == 0
+    lines = [line.split() for line in run.out.splitlines()]
+    rows = [line for line in lines if len(line) == 9 and line[2] == "w4a16_g32_asym"]
+    assert [(row[0], row[1]) for row in rows] == [(n, p) for n in "01" for p in ("gate", "up", "down")]
+    assert all(row[6] == "0.00%" and row[7].endswith("%") and row[8] == "-" for row in rows)
+    assert run.out.splitlines()[0] == f"{MODEL}: qwen3_moe, bfloat16"
+    assert "layers 0-1: backend reference in bfloat16: loses nothing" in run.out
+    assert run.out.splitlines()[-1].startswith("ok: logits differ")
+
+
+def test_verify_json_against_the_base(command: Command, golden: Path) -> None:
+    folders = [str(golden / "checkpoints" / n) for n in ("ct-qwen3moe-w4a16-g32-asym-rtn", "base-qwen3moe-h128-i96")]
+    run = command("verify", folders[0], "--against", folders[1], "--json")
+    assert run.code == 0
+    found = run.json
+    simple = {name: value for name, value in found.items() if name not in ("projections", "backends", "parity")}
+    assert simple == {
+        "ok": True,
+        "path": folders[0],
+        "model_type": "qwen3_moe",
+        "dtype": "bfloat16",
+        "against": folders[1],
+        "parity_bound": 1e-4,
+    }
+    assert 0 <= found["parity"] < 1e-5
+    assert found["backends"] == [{"layer": n, "backend": "reference", "lossy": None} for n in (0, 1)]
+    assert len(found["projections"]) == 6
+    for row in found["projections"]:
+        assert row.keys() == {
+            *("layer", "projection", "scheme", "minimum", "maximum", "rms", "zero_scales", "end_codes"),
+            "relative_error",
+        }
+        assert 0.07 < row["relative_error"] < 0.12
+
+
+def test_verify_refuses_in_one_line(command: Command, golden: Path, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{EXPERT}.scales"][0, 3] = float("nan")
+
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{EXPERT}.qweight"] = tensors[f"{EXPERT}.qweight"][:, :64].clone()
+
+    assert f"scales of {EXPERT}" in error_line(command("verify", str(edited(tmp_path / "nan", spoil))))
+    assert f"{EXPERT}.qweight" in error_line(command("verify", "--json", str(edited(tmp_path / "cut", cut))))
+    other = str(golden / "checkpoints" / "base-mixtral-h128-i128")
+    assert other in error_line(command("verify", MODEL, "--against", other))
+
+
+def test_verify_fails_where_logits_differ(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def far(*_: object) -> float:
+        return 2e-4
+
+    monkeypatch.setattr("quant_moelora.integrations.verify.relative_rms", far)
+    run = command("verify", MODEL)
+    assert run.code == 1 and run.out.splitlines()[-1].startswith("FAILED: logits differ")
+    run = command("verify", MODEL, "--json")
+    assert run.code == 1 and run.json["ok"] is False
+
+
 # --- generate ---------------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +361,36 @@ def test_usage(command: Command) -> None:
     assert command("nonsense").code == 2
     assert command("--help").code == 0
     assert generate(command, PROMPT, more=("--max-new-tokens=0",)).code == 2
+
+
+# --- export-adapter ---------------------------------------------------------------------------------------------------
+
+
+def test_export_adapter_there_and_back(command: Command, tmp_path: Path) -> None:
+    def run(adapter: Path, to: Path, form: str) -> Run:
+        return command("export-adapter", "--model", MODEL, "--adapter", str(adapter), "--to", str(to), "--form", form)
+
+    source, apart, fused = DEMO / "adapters" / "a", tmp_path / "apart", tmp_path / "fused"
+    done = run(source, apart, "per-expert")
+    assert done.code == 0 and not done.err
+    assert done.out == f"{apart}: per-expert, 2 layers of experts, 0 other linear layers\n"
+    assert run(apart, fused, "fused").code == 0
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (source, fused))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert "choose another folder" in error_line(run(source, fused, "fused"))
+    assert run(source, tmp_path / "n", "per_expert").code == 2
+    texts = [generate(command, f"x={PROMPT}", adapters=[f"--adapter=x={f}"], more=("--json",)) for f in (source, apart)]
+    assert texts[0].json["completions"] == texts[1].json["completions"]
+
+
+def test_export_adapter_names_what_the_form_cannot_hold(command: Command, golden: Path, tmp_path: Path) -> None:
+    model = golden / "checkpoints" / "base-mixtral-h128-i128"
+    adapter = golden / "adapters" / "lora-mod-mixtral-rankpattern"
+    names = ("--model", str(model), "--adapter", str(adapter), "--to", str(tmp_path / "n"))
+    line = error_line(command("export-adapter", *names, "--form=fused"))
+    for part in ("gate and up of expert 3", "layers.1", "rank 16", "rank 8", "per_expert"):
+        assert part in line
 
 
 # --- demo -------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 from quant_moelora.core import packing
 from quant_moelora.core.checks import check_positive, check_same_device, check_tensor
 from quant_moelora.core.errors import ShapeError, UnsupportedError
-from quant_moelora.core.scheme import NONE_SCHEME, QuantScheme
+from quant_moelora.core.scheme import NONE_SCHEME, QuantScheme, num_groups
 
 ExpertIndex = Tensor | slice  # which experts of a weight: an int64 tensor of ids, or a slice
 ALL_EXPERTS = slice(None)
@@ -154,6 +154,14 @@ class PackedWeight(_ExpertWeight):
     def scheme_name(self) -> str:
         """Name of the scheme."""
         return self.scheme.name
+
+    def codes_and_scales(self) -> tuple[Tensor, Tensor]:  # (E, halves, n, k) uint8, (E, halves, n, G) 16-bit float
+        """What the checkpoint stored, without padding; columns in the stored order, those of one group together."""
+        codes = packing.unpack_codes(self.qweight, self.scheme.bits)
+        scales = packing.unpack_pairs(self.scales, self.scheme.scale_dtype)
+        # Padded columns and groups stand behind all others, whatever k_perm says.
+        halves = [values.unflatten(1, (self.halves, self.n_pad))[:, :, : self.n] for values in (codes, scales)]
+        return halves[0][..., : self.k], halves[1][..., : num_groups(self.k, self.scheme.group_size)]
 
     def dequantize(self, experts: ExpertIndex = ALL_EXPERTS) -> Tensor:  # (e, halves, n, k) float32
         """Exact values (q - zero) * scale in float32, columns in the order of x, padding removed.

@@ -27,6 +27,12 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
     return twin.eval()
 
 
+def random_ids(model: PreTrainedModel, rows: int = 4, length: int = 32) -> Tensor:  # (rows, length) int64
+    """The same random tokens each time; the first three, which often are special ones, are left out."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
 @torch.no_grad()
 def relative_rms(
     model: PreTrainedModel,

@@ -177,6 +177,25 @@ def parse_expert_module(module: str) -> tuple[int, int, Projection] | None:
     return match and (int(match["layer"]), int(match["expert"]), PROJECTIONS[match["projection"]])
 
 
+def expert_modules(spec: ExpertsSpec, model_type: str) -> dict[tuple[int, Projection], str]:
+    """Names that a family's own checkpoints give the projections, such as ``block_sparse_moe.experts.0.w1``.
+
+    They are found by going back through transformers' conversions.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    module = f"{spec.module}."
+    names: dict[Projection, str] = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    for conversion in get_checkpoint_conversion_mapping(model_type) or ():
+        for source in conversion.source_patterns:
+            block, expert, name = source.removesuffix(".weight").rpartition("experts.*.")
+            if expert and name in PROJECTIONS:
+                names[PROJECTIONS[name]] = name
+            elif not expert and re.fullmatch(r"\.\w+\.", block or name):
+                module = module.replace(conversion.target_patterns[0], source)
+    return {(e, p): f"{module}{e}.{names[p]}" for e in range(spec.num_experts) for p in spec.projections}
+
+
 def expert_keys(checkpoint: Checkpoint) -> dict[int, LayerKeys]:
     """Tensors of every expert, by layer.
 

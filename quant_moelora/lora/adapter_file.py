@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _SUFFIX = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 # base_layer is the inner wrapper of PEFT's nesting: the first of the targeted parameters
 _FUSED_MODULE = re.compile(r"(?P<experts>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?experts)(?P<inner>\.base_layer)?")
@@ -158,7 +158,7 @@ def _pairs(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str, T
     """
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        match = _SUFFIX.fullmatch(key.removeprefix(_PREFIX))
+        match = _SUFFIX.fullmatch(key.removeprefix(PREFIX))
         if match is None:
             raise _unknown(folder, key, "not a lora_A or lora_B weight")
         pairs.setdefault(match["module"], {})[match["factor"]] = tensor
