@@ -1,0 +1,176 @@
+"""Families of transformers: tiny random models in their own checkpoint's keys, unquantised and as GPTQ int4."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quant_moelora.integrations.parity import dense_twin, relative_rms
+from quant_moelora.integrations.transformers import experts_of
+from quant_moelora.loaders.families import find_experts, parse_expert_module
+from tests.adapters import Tensors
+from tests.checkpoints import Linear, gptq_v2, quantization_config, write_checkpoint
+from tests.integrations.models import EFFECT, HONEST, difference, load, logits
+
+EXPERTS, HIDDEN, INTER, GROUP = 4, 64, 96, 32
+# Every family takes what it knows of these and ignores the others; intermediate sizes differ, so that a mistaken one
+# shows.
+SMALL: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTER,
+    "moe_intermediate_size": INTER,
+    "shared_expert_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 64,
+    "num_experts": EXPERTS,
+    "num_local_experts": EXPERTS,
+    "n_routed_experts": EXPERTS,
+    "moe_num_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    # Random weights in these widths reach the size that trained ones have with a deviation of about K**-0.5.
+    "initializer_range": 0.1,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+GROUPS = {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "n_shared_experts": 1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {},
+    "qwen3_moe": {},
+    "qwen3_next": HYBRID,
+    "qwen3_5_moe_text": HYBRID,
+    "mixtral": {},
+    "olmoe": {},
+    "deepseek_v2": LATENT | GROUPS | {"topk_method": "group_limited_greedy"},
+    "deepseek_v3": LATENT | GROUPS,
+    "glm4_moe": GROUPS,
+    "phimoe": {},
+    "minimax_m2": {},
+    "ernie4_5_moe": {"moe_k": 2, "moe_num_shared_experts": 1},
+}
+IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def tiny_model(model_type: str) -> Any:
+    """A random model of a family, in float32; also what its initialisation sets to 0 is random."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SMALL | FAMILIES[model_type]))
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("bias"):  # among them e_score_correction_bias, which changes who is chosen
+                tensor.normal_(std=0.1)
+    return model.float().eval()
+
+
+def saved(folder: Path, model_type: str) -> tuple[Path, Any]:
+    """A family's checkpoint, as save_pretrained writes it, and its model."""
+    model = tiny_model(model_type)
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def quantise(weight: Tensor) -> Linear:  # (N, K)
+    """Codes and scales of a symmetric int4 weight, rounded to nearest."""
+    n, k = weight.shape
+    groups = weight.double().view(n, -1, GROUP)
+    scales = (groups.abs().amax(-1) / 7).to(torch.float16)
+    codes = (groups / scales.double().unsqueeze(-1)).round().clamp(-8, 7) + 8
+    return Linear(
+        bits=4,
+        group_size=GROUP,
+        symmetric=True,
+        codes=codes.view(n, k).long().numpy(),
+        zeros=np.full((n, k // GROUP), 8),
+        scales=scales,
+        g_idx=np.arange(k) // GROUP,
+        act_order=False,
+    )
+
+
+def quantise_experts(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:
+    """A checkpoint with its experts in GPTQ int4, the same with the weights that they mean, and the config for it."""
+    packed: Tensors = {}
+    meant: Tensors = {}
+    linear: Linear | None = None
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        module = key.removesuffix(".weight")
+        if parse_expert_module(module):
+            linear = quantise(tensor)
+            packed |= {f"{module}.{suffix}": held for suffix, held in gptq_v2(linear).items()}
+            meant[key] = linear.weight
+        else:
+            packed[key] = meant[key] = tensor
+    assert linear is not None, "the checkpoint has per-expert keys"
+    return packed, meant, quantization_config("gptq_v2", linear)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_unquantised(tmp_path: Path, model_type: str) -> None:
+    folder, original = saved(tmp_path, model_type)
+    model = load(folder)
+    assert difference(logits(model, IDS), logits(original, IDS)) < HONEST
+    assert list(experts_of(model)) == [spec.module for spec in find_experts(original)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_all_but_the_experts_is_as_transformers_loads_it(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
+    """Bit for bit and in the same dtype: some families keep a router's correction in float32."""
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = saved(tmp_path, model_type)
+    model = load(folder, dtype=dtype)
+    experts = tuple(f"{name}." for name in experts_of(model))
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).state_dict()
+    held = model.state_dict()
+    assert held.keys() == {name for name in plain if not name.startswith(experts)}
+    for name, tensor in held.items():
+        assert tensor.dtype == plain[name].dtype, name
+        assert torch.equal(tensor, plain[name]), name
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_gptq(tmp_path: Path, model_type: str) -> None:
+    """Held to plain transformers with the dequantised weights, in the checkpoint and in the loaded model."""
+    from transformers import AutoModelForCausalLM
+
+    folder, original = saved(tmp_path, model_type)
+    packed, meant, config = quantise_experts(folder)
+    save_file(meant, folder / "model.safetensors", {"format": "pt"})
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = logits(plain, IDS)
+    assert difference(expected, logits(original, IDS)) > EFFECT, "the experts count"
+
+    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_checkpoint(folder, packed, held, config)
+    model = load(folder)
+    assert {m.moe.info.scheme_name for m in experts_of(model).values() if m.moe} == {"w4a16_g32_sym"}
+    assert difference(logits(model, IDS), expected) < HONEST
+    assert relative_rms(model, dense_twin(model), IDS) < HONEST
