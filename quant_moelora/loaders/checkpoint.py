@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,26 @@ class TensorHeader:
         dtype: torch dtype, or None for one that torch does not have.
         shape: its shape.
         file: the file it is in.
+        part: where this is one expert's rows of a tensor [E, N, K]: the expert, and the rows [start, stop).
     """
 
     key: str
     dtype: torch.dtype | None
     shape: tuple[int, ...]
     file: Path
+    part: tuple[int, int, int] | None = None
 
     @property
     def where(self) -> str:
         """``key in file``, for messages."""
-        return f"{self.key} in {self.file.name}"
+        if self.part is None:
+            return f"{self.key} in {self.file.name}"
+        expert, start, stop = self.part
+        return f"expert {expert}, rows {start} to {stop - 1} of {self.key} in {self.file.name}"
+
+    def rows(self, expert: int, start: int, stop: int) -> TensorHeader:
+        """Header of some rows of one expert of this tensor [E, N, K]."""
+        return replace(self, shape=(stop - start, self.shape[2]), part=(expert, start, stop))
 
 
 class Checkpoint:
@@ -145,8 +154,8 @@ class Checkpoint:
                 ) from error
         return self._open[file]
 
-    def read(self, key: str) -> Tensor:
-        """The tensor ``key`` on the CPU.
+    def read(self, key: str, part: tuple[int, int, int] | None = None) -> Tensor:
+        """The tensor ``key`` on the CPU, or the ``part`` of it that a header names.
 
         Raises:
             MissingTensorError: the checkpoint has no such tensor.
@@ -156,7 +165,11 @@ class Checkpoint:
             raise MissingTensorError(
                 key, got="no such tensor", rule=f"it in {self.path}", remedy="download the checkpoint again"
             )
-        return self._handle(header.file).get_tensor(key)
+        handle = self._handle(header.file)
+        if part is None:
+            return handle.get_tensor(key)
+        expert, start, stop = part
+        return handle.get_slice(key)[expert, start:stop]
 
     def modules(self) -> dict[str, dict[str, TensorHeader]]:
         """Headers by module and suffix: ``modules()["model.layers.0.mlp.gate"]["weight"]``."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from quant_moelora.core.errors import UnsupportedError
-from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.core.errors import FormatError, UnsupportedError
+from quant_moelora.core.quant_info import MoEQuantInfo, SourceOrder
 from quant_moelora.core.scheme import num_groups
 from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
 from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
@@ -23,9 +23,13 @@ from quant_moelora.loaders.families import (
     check_complete,
     expert_keys,
     find_experts,
+    fused_keys,
 )
 from quant_moelora.loaders.pack import Weight, build_info
 from quant_moelora.loaders.registry import find_codec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,14 @@ class LayerFormat:
         spec = self.spec
         hidden, inter = spec.hidden_size, spec.intermediate_size
         w13 = self._meta_weight("up", spec.activation.halves, inter, hidden)
-        return build_info(w13, self._meta_weight("down", 1, hidden, inter), spec.activation)
+        info = build_info(w13, self._meta_weight("down", 1, hidden, inter), spec.activation)
+        return replace(info, source_order=self.source_order)
+
+    @property
+    def source_order(self) -> SourceOrder:
+        """How the checkpoint holds gate and up."""
+        part = next(iter(self.keys[0, "up"].headers.values())).part
+        return "separate" if part is None else "concatenated"
 
     def _meta_weight(self, projection: Projection, halves: int, n: int, k: int) -> Weight:
         scheme, shape = self.formats[projection].scheme, (self.spec.num_experts, halves, n)
@@ -81,7 +92,8 @@ def load_experts(path: str | Path, layer: int, device: torch.device | str = "cpu
         UnsupportedError: a format or model family that is not served, or a layer without routed experts.
     """
     checkpoint = Checkpoint(resolve_checkpoint(path))
-    specs = {spec.layer: spec for spec in find_experts(build_skeleton(checkpoint))}
+    model = build_skeleton(checkpoint)
+    specs = {spec.layer: spec for spec in find_experts(model)}
     if layer not in specs:
         raise UnsupportedError(
             "layer",
@@ -89,17 +101,42 @@ def load_experts(path: str | Path, layer: int, device: torch.device | str = "cpu
             rule=f"a layer with routed experts: {', '.join(map(str, specs)) or 'the model has none'}",
             remedy="choose one of them",
         )
-    return load_layer(checkpoint, describe_layers(checkpoint, [specs[layer]])[0], device)
+    return load_layer(checkpoint, describe_layers(checkpoint, [specs[layer]], model)[0], device)
 
 
-def describe_layers(checkpoint: Checkpoint, specs: list[ExpertsSpec]) -> list[LayerFormat]:
+def describe_layers(
+    checkpoint: Checkpoint, specs: list[ExpertsSpec], model: PreTrainedModel | None = None
+) -> list[LayerFormat]:
     """Find the tensors of the layers' experts and their formats, from headers and config alone.
+
+    Args:
+        checkpoint: the checkpoint.
+        specs: the layers.
+        model: their model, for its family's names of fused tensors; see `fused_keys`.
 
     Raises:
         MissingTensorError, FormatError, UnsupportedError: see `load_experts`.
     """
-    found = expert_keys(checkpoint)
-    return [_describe_layer(checkpoint, spec, found.get(spec.layer, {})) for spec in specs]
+    found, fused = expert_keys(checkpoint), fused_keys(checkpoint, specs, model)
+    return [
+        _describe_layer(checkpoint, spec, _one_of(found.get(spec.layer, {}), fused[spec.layer], spec)) for spec in specs
+    ]
+
+
+def _one_of(separate: LayerKeys, fused: LayerKeys, spec: ExpertsSpec) -> LayerKeys:
+    """A layer's tensors, which are one per expert and projection, or fused.
+
+    Raises:
+        FormatError: both are there.
+    """
+    if separate and fused:
+        raise FormatError(
+            f"experts {spec.module}",
+            got=f"{next(iter(separate.values())).module} and {next(iter(fused.values())).module}",
+            rule="one tensor for each expert and projection, or fused ones, and not both",
+            remedy="remove one of the two from the checkpoint",
+        )
+    return separate or fused
 
 
 def _describe_layer(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) -> LayerFormat:
@@ -138,7 +175,7 @@ def load_layer(checkpoint: Checkpoint, layer: LayerFormat, device: torch.device 
     halves: list[Projection] = [p for p in layer.spec.projections if p != "down"]
     w13 = _stack([_read_projection(checkpoint, layer, p, device) for p in halves])
     w2 = _stack([_read_projection(checkpoint, layer, "down", device)])
-    return build_info(w13, w2, layer.spec.activation)
+    return replace(build_info(w13, w2, layer.spec.activation), source_order=layer.source_order)
 
 
 def _read_projection(
@@ -148,7 +185,8 @@ def _read_projection(
     fmt = layer.formats[projection]
     held = [layer.keys[expert, projection] for expert in range(layer.spec.num_experts)]
     tensors = {
-        suffix: torch.stack([checkpoint.read(h.headers[suffix].key) for h in held]).to(device) for suffix in fmt.tensors
+        suffix: torch.stack([checkpoint.read(h.headers[suffix].key, h.headers[suffix].part) for h in held]).to(device)
+        for suffix in fmt.tensors
     }
     linear = layer.spec.linear(f"{layer.spec.module} ({projection})", projection)
     weight = layer.codecs[projection].decode(tensors, linear, fmt)

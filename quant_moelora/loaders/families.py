@@ -41,7 +41,8 @@ _ACTIVATIONS: dict[str, ActivationName] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-_PARAMETERS = {"gate_up_proj", "down_proj"}
+# Parameters of an experts module, and the projections that stand one after the other in its rows.
+PARAMETERS: dict[str, tuple[Projection, ...]] = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _refusals(module: nn.Module) -> Iterator[str]:
     from transformers.integrations import moe
 
     parameters = {name for name, _ in module.named_parameters()}
-    if parameters != _PARAMETERS:
+    if parameters != PARAMETERS.keys():
         yield f"it has parameters {', '.join(sorted(parameters))}"
     for flag, usual in (("is_transposed", False), ("has_bias", False), ("has_gate", True), ("is_concatenated", True)):
         if getattr(module, flag, usual) != usual:
@@ -199,6 +200,67 @@ def expert_keys(checkpoint: Checkpoint) -> dict[int, LayerKeys]:
             )
         layer[expert, projection] = ExpertKeys(module, headers)
     return layers
+
+
+def fused_keys(
+    checkpoint: Checkpoint, specs: list[ExpertsSpec], model: PreTrainedModel | None = None
+) -> dict[int, LayerKeys]:
+    """Rows of every expert in tensors [E, N, K] that are an experts module's own parameters, by layer.
+
+    Args:
+        checkpoint: the checkpoint.
+        specs: the layers.
+        model: whose family transformers may have other names for in checkpoints; None if there are none.
+
+    Raises:
+        UnsupportedError: the checkpoint's tensors are not the parameters, but converted into them by transformers.
+    """
+    names = _fused_names(checkpoint, {f"{spec.module}.{name}" for spec in specs for name in PARAMETERS}, model)
+    layers: dict[int, LayerKeys] = {}
+    for spec in specs:
+        layer = layers.setdefault(spec.layer, {})
+        for name, projections in PARAMETERS.items():
+            header = names.get(f"{spec.module}.{name}")
+            if header is None:
+                continue
+            rows = header.shape[1]
+            cuts = [rows * place // len(projections) for place in range(len(projections) + 1)]
+            for expert in range(header.shape[0]):
+                for place, projection in enumerate(projections):
+                    part = header.rows(expert, cuts[place], cuts[place + 1])
+                    layer[expert, projection] = ExpertKeys(header.key, {"weight": part})
+    return layers
+
+
+def _fused_names(
+    checkpoint: Checkpoint, parameters: set[str], model: PreTrainedModel | None
+) -> dict[str, TensorHeader]:
+    """Tensors with three dimensions that are the ``parameters``, by the parameter's name."""
+    solid = {key: header for key, header in checkpoint.headers.items() if len(header.shape) == 3}
+    if model is None:
+        return {key: header for key, header in solid.items() if key in parameters}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
+    state = dict(model.state_dict())
+    found: dict[str, TensorHeader] = {}
+    for key, header in solid.items():
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:  # as transformers does: some renamings also match the model's own names
+            name, pattern = key, None
+        if name in parameters and pattern is not None:
+            raise UnsupportedError(
+                key,
+                got=f"a tensor that transformers converts into {name}",
+                rule="the parameter itself, under its own or another name, or one tensor an expert and projection",
+                remedy="this layout is not served; split the tensor by expert and projection",
+            )
+        if name in parameters:
+            found[name] = header
+    return found
 
 
 def check_complete(spec: ExpertsSpec, found: LayerKeys, checkpoint: Checkpoint) -> None:

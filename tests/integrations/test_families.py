@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
 from quant_moelora.integrations.parity import dense_twin, relative_rms
 from quant_moelora.integrations.transformers import experts_of
+from quant_moelora.loaders.experts import load_experts
 from quant_moelora.loaders.families import find_experts, parse_expert_module
 from tests.adapters import Tensors
 from tests.checkpoints import Linear, gptq_v2, quantization_config, write_checkpoint
@@ -73,7 +75,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phimoe": {},
     "minimax_m2": {},
     "ernie4_5_moe": {"moe_k": 2, "moe_num_shared_experts": 1},
+    "granitemoe": {},
 }
+# Those whose checkpoints have one tensor for each expert and projection.
+SEPARATE = [name for name in FAMILIES if name != "granitemoe"]
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
@@ -89,10 +94,10 @@ def tiny_model(model_type: str) -> Any:
     return model.float().eval()
 
 
-def saved(folder: Path, model_type: str) -> tuple[Path, Any]:
-    """A family's checkpoint, as save_pretrained writes it, and its model."""
+def saved(folder: Path, model_type: str, fused: bool = False) -> tuple[Path, Any]:
+    """A family's checkpoint, in its original keys unless the model's own are asked for, and its model."""
     model = tiny_model(model_type)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=not fused)
     return folder, model
 
 
@@ -156,7 +161,7 @@ def test_all_but_the_experts_is_as_transformers_loads_it(tmp_path: Path, model_t
         assert torch.equal(tensor, plain[name]), name
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", SEPARATE)
 def test_gptq(tmp_path: Path, model_type: str) -> None:
     """Held to plain transformers with the dequantised weights, in the checkpoint and in the loaded model."""
     from transformers import AutoModelForCausalLM
@@ -174,3 +179,71 @@ def test_gptq(tmp_path: Path, model_type: str) -> None:
     assert {m.moe.info.scheme_name for m in experts_of(model).values() if m.moe} == {"w4a16_g32_sym"}
     assert difference(logits(model, IDS), expected) < HONEST
     assert relative_rms(model, dense_twin(model), IDS) < HONEST
+
+
+# Fused experts: granitemoe's checkpoints have them under names of their own, the others under the model's.
+FUSED = [("granitemoe", False), ("granitemoe", True), ("qwen3_moe", True), ("qwen3_5_moe_text", True)]
+
+
+@pytest.mark.parametrize(("model_type", "own_keys"), FUSED)
+def test_fused_experts(tmp_path: Path, model_type: str, own_keys: bool, caplog: pytest.LogCaptureFixture) -> None:
+    folder, original = saved(tmp_path, model_type, own_keys)
+    solid = {key for key, tensor in load_file(folder / "model.safetensors").items() if tensor.ndim == 3}
+    assert any("experts.gate_up_proj" in key for key in solid) == own_keys
+    model = load(folder)
+    assert difference(logits(model, IDS), logits(original, IDS)) < HONEST
+    assert {m.moe.info.source_order for m in experts_of(model).values() if m.moe} == {"concatenated"}
+    assert "belong to nothing" not in caplog.text
+    gate, up, down = load_experts(folder, 1).dequantize()
+    experts = original.get_submodule(find_experts(original)[1].module)
+    assert gate is not None
+    assert torch.equal(torch.cat((gate, up), dim=1), experts.gate_up_proj)
+    assert torch.equal(down, experts.down_proj)
+
+
+def stacked(tensors: Tensors, key: str, change: Any) -> Tensors:
+    return tensors | {key: change(tensors[key]).contiguous()}
+
+
+GATE_UP, DOWN = (f"model.layers.1.mlp.experts.{name}_proj" for name in ("gate_up", "down"))
+BROKEN: dict[str, tuple[Any, type[FormatError], str]] = {
+    "missing": (lambda t: {k: v for k, v in t.items() if k != DOWN}, MissingTensorError, "down projection of expert 0"),
+    "too few": (lambda t: stacked(t, DOWN, lambda w: w[:-1]), MissingTensorError, "down projection of expert 3"),
+    "too many": (
+        lambda t: stacked(t, GATE_UP, lambda w: w.repeat(2, 1, 1)),
+        FormatError,
+        r"experts of layer 1.*gate_up_proj.*experts 0 to 3",
+    ),
+    "rows missing": (
+        lambda t: stacked(t, GATE_UP, lambda w: w[:, :-1]),
+        FormatError,
+        r"shape \[95, 64\].*expert 0, rows 0 to 94 of model\.layers\.1",
+    ),
+    "transposed": (lambda t: stacked(t, DOWN, lambda w: w.transpose(1, 2)), FormatError, r"\[96, 64\].*\[64, 96\]"),
+    "twice": (
+        lambda t: t | {"model.layers.1.mlp.experts.0.up_proj.weight": torch.zeros(INTER, HIDDEN)},
+        FormatError,
+        "experts.0.up_proj and .*gate_up_proj.* not both",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_fused_experts(tmp_path: Path, case: str) -> None:
+    edit, error, match = BROKEN[case]
+    folder, _ = saved(tmp_path, "qwen3_moe", True)
+    save_file(edit(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(error, match=match):
+        load(folder)
+
+
+def test_fused_experts_that_transformers_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A converter of tensors that have the parameter's own name, as for transposed ones, must not be overlooked."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    converter = WeightConverter("mlp.experts.down_proj", "mlp.experts.down_proj", operations=[Transpose(1, 2)])
+    folder, _ = saved(tmp_path, "qwen3_moe", True)
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: [converter])
+    with pytest.raises(UnsupportedError, match=r"experts\.down_proj: got a tensor that transformers converts into"):
+        load_experts(folder, 1)
