@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 METHOD = "quant_moelora"
 # Checkpoint keys that our own loader reads, so that transformers need not report them.
-_EXPERT_KEYS = rf"\.experts\.(\d+\.|({'|'.join(PARAMETERS)})$)"
+_EXPERT_KEYS = rf"\.experts\.(\d+\.|({'|'.join(PARAMETERS)})(_bias)?$)"
 _QUANTIZED_KEYS = rf"\.({'|'.join(sorted(QUANTIZED_SUFFIXES))})$"
 _EXPERTS_TARGET = re.compile(r"(^|\.)experts\.")
 

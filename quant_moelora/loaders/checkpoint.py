@@ -36,6 +36,26 @@ _DTYPES: dict[str, torch.dtype] = {
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some rows of one expert of a fused tensor [E, N, K], or [E, N] for a bias.
+
+    Attributes:
+        expert: the expert.
+        rows: which rows.
+        transposed: whether the tensor is [E, K, N].
+    """
+
+    expert: int
+    rows: slice
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        """For messages."""
+        start, stop, step = self.rows.start, self.rows.stop, self.rows.step or 1
+        return f"expert {self.expert}, {'columns' if self.transposed else 'rows'} {start}:{stop}:{step}"
+
+
+@dataclass(frozen=True)
 class TensorHeader:
     """What a file's header says of a tensor: no data is read.
 
@@ -44,26 +64,27 @@ class TensorHeader:
         dtype: torch dtype, or None for one that torch does not have.
         shape: its shape.
         file: the file it is in.
-        part: where this is one expert's rows of a tensor [E, N, K]: the expert, and the rows [start, stop).
+        part: where this is some rows of one expert of a fused tensor.
     """
 
     key: str
     dtype: torch.dtype | None
     shape: tuple[int, ...]
     file: Path
-    part: tuple[int, int, int] | None = None
+    part: Part | None = None
 
     @property
     def where(self) -> str:
         """``key in file``, for messages."""
         if self.part is None:
             return f"{self.key} in {self.file.name}"
-        expert, start, stop = self.part
-        return f"expert {expert}, rows {start} to {stop - 1} of {self.key} in {self.file.name}"
+        return f"{self.part} of {self.key} in {self.file.name}"
 
-    def rows(self, expert: int, start: int, stop: int) -> TensorHeader:
-        """Header of some rows of one expert of this tensor [E, N, K]."""
-        return replace(self, shape=(stop - start, self.shape[2]), part=(expert, start, stop))
+    def at(self, part: Part) -> TensorHeader:
+        """Header of a part of this tensor."""
+        whole = self.shape[:0:-1] if part.transposed else self.shape[1:]
+        rows = len(range(*part.rows.indices(whole[0])))
+        return replace(self, shape=(rows, *whole[1:]), part=part)
 
 
 class Checkpoint:
@@ -154,7 +175,7 @@ class Checkpoint:
                 ) from error
         return self._open[file]
 
-    def read(self, key: str, part: tuple[int, int, int] | None = None) -> Tensor:
+    def read(self, key: str, part: Part | None = None) -> Tensor:
         """The tensor ``key`` on the CPU, or the ``part`` of it that a header names.
 
         Raises:
@@ -168,8 +189,8 @@ class Checkpoint:
         handle = self._handle(header.file)
         if part is None:
             return handle.get_tensor(key)
-        expert, start, stop = part
-        return handle.get_slice(key)[expert, start:stop]
+        expert = handle.get_slice(key)[part.expert]
+        return (expert.T if part.transposed else expert)[part.rows]
 
     def modules(self) -> dict[str, dict[str, TensorHeader]]:
         """Headers by module and suffix: ``modules()["model.layers.0.mlp.gate"]["weight"]``."""

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quant_moelora.core.errors import FormatError, UnsupportedError
+from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
 from quant_moelora.core.quant_info import MoEQuantInfo, SourceOrder
 from quant_moelora.core.scheme import num_groups
+from quant_moelora.core.weights import DENSE_DTYPES
 from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
-from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
-from quant_moelora.loaders.codec import Codec, LinearFormat
+from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader, resolve_checkpoint
+from quant_moelora.loaders.codec import Codec, LinearFormat, LinearSpec, check_header
 from quant_moelora.loaders.families import (
+    ExpertKeys,
     ExpertsSpec,
     LayerKeys,
     Projection,
@@ -56,14 +58,19 @@ class LayerFormat:
         spec = self.spec
         hidden, inter = spec.hidden_size, spec.intermediate_size
         w13 = self._meta_weight("up", spec.activation.halves, inter, hidden)
-        info = build_info(w13, self._meta_weight("down", 1, hidden, inter), spec.activation)
+        w2, halves = self._meta_weight("down", 1, hidden, inter), spec.activation.halves
+        shapes = ((spec.num_experts, halves, inter), (spec.num_experts, 1, hidden))
+        biases = [torch.empty(shape, dtype=torch.float32, device="meta") for shape in shapes]
+        info = build_info(w13, w2, spec.activation, *(biases if spec.has_bias else ()))
         return replace(info, source_order=self.source_order)
 
     @property
     def source_order(self) -> SourceOrder:
         """How the checkpoint holds gate and up."""
         part = next(iter(self.keys[0, "up"].headers.values())).part
-        return "separate" if part is None else "concatenated"
+        if part is None:
+            return "separate"
+        return "interleaved" if self.spec.interleaved else "concatenated"
 
     def _meta_weight(self, projection: Projection, halves: int, n: int, k: int) -> Weight:
         scheme, shape = self.formats[projection].scheme, (self.spec.num_experts, halves, n)
@@ -145,14 +152,34 @@ def _describe_layer(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) 
     codecs: dict[Projection, Codec] = {}
     for (_, projection), held in sorted(keys.items()):
         linear = spec.linear(held.module, projection)
-        codec = find_codec(linear, held.headers, checkpoint.quantization)
-        fmt = codec.describe(linear, held.headers, checkpoint.quantization)
+        headers = _without_bias(linear, held) if spec.has_bias else held.headers
+        codec = find_codec(linear, headers, checkpoint.quantization)
+        fmt = codec.describe(linear, headers, checkpoint.quantization)
         first = formats.setdefault(projection, fmt)
         codecs.setdefault(projection, codec)
         _check_same(fmt, first, held.module, f"the {projection} projection of the layer's other experts")
     if "gate" in formats:
         _check_same(formats["gate"], formats["up"], f"{spec.module} gate", "up, which shares a weight with it")
     return LayerFormat(spec, keys, formats, codecs)
+
+
+def _without_bias(linear: LinearSpec, held: ExpertKeys) -> dict[str, TensorHeader]:
+    """Headers of a projection without that of its bias, which no format changes.
+
+    Raises:
+        MissingTensorError: there is no bias.
+        FormatError: it has another shape or dtype than a bias.
+    """
+    bias = held.headers.get("bias")
+    if bias is None:
+        raise MissingTensorError(
+            f"bias of {held.module}",
+            got=f"only {', '.join(sorted(held.headers))}",
+            rule="a bias for every expert's projection, as the model has one",
+            remedy="download the checkpoint again",
+        )
+    check_header(bias, linear, (linear.n,), DENSE_DTYPES, "the bias")
+    return {suffix: header for suffix, header in held.headers.items() if suffix != "bias"}
 
 
 def _check_same(fmt: LinearFormat, other: LinearFormat, module: str, whose: str) -> None:
@@ -175,7 +202,31 @@ def load_layer(checkpoint: Checkpoint, layer: LayerFormat, device: torch.device 
     halves: list[Projection] = [p for p in layer.spec.projections if p != "down"]
     w13 = _stack([_read_projection(checkpoint, layer, p, device) for p in halves])
     w2 = _stack([_read_projection(checkpoint, layer, "down", device)])
-    return replace(build_info(w13, w2, layer.spec.activation), source_order=layer.source_order)
+    biases: list[Tensor] = []
+    if layer.spec.has_bias:
+        down: list[Projection] = ["down"]
+        biases = [
+            torch.stack([_read_bias(checkpoint, layer, p, device) for p in projections], dim=1)
+            for projections in (halves, down)
+        ]
+    return replace(build_info(w13, w2, layer.spec.activation, *biases), source_order=layer.source_order)
+
+
+def _read_bias(
+    checkpoint: Checkpoint, layer: LayerFormat, projection: Projection, device: torch.device | str
+) -> Tensor:
+    """Bias of one projection of all experts, float32 [E, N]."""
+    bias = _read(checkpoint, layer, projection, "bias", device)
+    check_finite(bias, [layer.keys[expert, projection].module for expert in range(layer.spec.num_experts)])
+    return bias.to(torch.float32)
+
+
+def _read(
+    checkpoint: Checkpoint, layer: LayerFormat, projection: Projection, suffix: str, device: torch.device | str
+) -> Tensor:
+    """One tensor of a projection, of all experts, stacked."""
+    headers = [layer.keys[expert, projection].headers[suffix] for expert in range(layer.spec.num_experts)]
+    return torch.stack([checkpoint.read(header.key, header.part) for header in headers]).to(device)
 
 
 def _read_projection(
@@ -184,10 +235,7 @@ def _read_projection(
     """One projection of all experts, [E, N, K]."""
     fmt = layer.formats[projection]
     held = [layer.keys[expert, projection] for expert in range(layer.spec.num_experts)]
-    tensors = {
-        suffix: torch.stack([checkpoint.read(h.headers[suffix].key, h.headers[suffix].part) for h in held]).to(device)
-        for suffix in fmt.tensors
-    }
+    tensors = {suffix: _read(checkpoint, layer, projection, suffix, device) for suffix in fmt.tensors}
     linear = layer.spec.linear(f"{layer.spec.module} ({projection})", projection)
     weight = layer.codecs[projection].decode(tensors, linear, fmt)
     check_finite(weight, [h.module for h in held])

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
+from quant_moelora.core.errors import AdapterError, FormatError, MissingTensorError, UnsupportedError
+from quant_moelora.integrations.adapters import attach_adapters
 from quant_moelora.integrations.parity import dense_twin, relative_rms
 from quant_moelora.integrations.transformers import experts_of
 from quant_moelora.loaders.experts import load_experts
 from quant_moelora.loaders.families import find_experts, parse_expert_module
-from tests.adapters import Tensors
-from tests.checkpoints import Linear, gptq_v2, quantization_config, write_checkpoint
+from tests.adapters import Tensors, write_adapter
+from tests.checkpoints import ENCODERS, Linear, gptq_v2, quantization_config, write_checkpoint
 from tests.integrations.models import EFFECT, HONEST, difference, load, logits
 
 EXPERTS, HIDDEN, INTER, GROUP = 4, 64, 96, 32
@@ -76,9 +77,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax_m2": {},
     "ernie4_5_moe": {"moe_k": 2, "moe_num_shared_experts": 1},
     "granitemoe": {},
+    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 0.5},
 }
 # Those whose checkpoints have one tensor for each expert and projection.
-SEPARATE = [name for name in FAMILIES if name != "granitemoe"]
+SEPARATE = [name for name in FAMILIES if name not in ("granitemoe", "gpt_oss")]
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
@@ -101,21 +103,27 @@ def saved(folder: Path, model_type: str, fused: bool = False) -> tuple[Path, Any
     return folder, model
 
 
-def quantise(weight: Tensor) -> Linear:  # (N, K)
-    """Codes and scales of a symmetric int4 weight, rounded to nearest."""
+def quantise(
+    weight: Tensor,  # (N, K)
+    act_order: bool = False,
+) -> Linear:
+    """Codes and scales of a symmetric int4 weight, rounded to nearest; groups of scattered columns with act-order."""
     n, k = weight.shape
-    groups = weight.double().view(n, -1, GROUP)
-    scales = (groups.abs().amax(-1) / 7).to(torch.float16)
-    codes = (groups / scales.double().unsqueeze(-1)).round().clamp(-8, 7) + 8
+    g_idx = np.arange(k) // GROUP
+    if act_order:
+        g_idx = np.random.default_rng(k).permutation(g_idx)
+    groups = torch.stack([weight.double()[:, g_idx == group].abs().amax(-1) for group in range(k // GROUP)], dim=1)
+    scales = (groups / 7).to(torch.float16)
+    codes = (weight.double() / scales.double()[:, g_idx]).round().clamp(-8, 7) + 8
     return Linear(
         bits=4,
         group_size=GROUP,
         symmetric=True,
-        codes=codes.view(n, k).long().numpy(),
+        codes=codes.long().numpy(),
         zeros=np.full((n, k // GROUP), 8),
         scales=scales,
-        g_idx=np.arange(k) // GROUP,
-        act_order=False,
+        g_idx=g_idx,
+        act_order=act_order,
     )
 
 
@@ -201,6 +209,89 @@ def test_fused_experts(tmp_path: Path, model_type: str, own_keys: bool, caplog: 
     assert torch.equal(down, experts.down_proj)
 
 
+# --- gpt-oss: transposed, interleaved, with biases -----------------------------------------------------------------
+
+
+def gpt_oss_experts(original: Any, layer: int) -> dict[tuple[str, str], Tensor]:
+    """Weights [E, N, K] and biases [E, N] of a layer, by its definition."""
+    experts = original.model.layers[layer].mlp.experts
+    return {
+        ("gate_proj", "weight"): experts.gate_up_proj[:, :, 0::2].transpose(1, 2),
+        ("up_proj", "weight"): experts.gate_up_proj[:, :, 1::2].transpose(1, 2),
+        ("down_proj", "weight"): experts.down_proj.transpose(1, 2),
+        ("gate_proj", "bias"): experts.gate_up_proj_bias[:, 0::2],
+        ("up_proj", "bias"): experts.gate_up_proj_bias[:, 1::2],
+        ("down_proj", "bias"): experts.down_proj_bias,
+    }
+
+
+def check_biases(folder: Path, original: Any) -> None:
+    for layer in (0, 1):
+        expected = gpt_oss_experts(original, layer)
+        b13, b2 = load_experts(folder, layer).biases()
+        assert b13 is not None and b2 is not None
+        assert torch.equal(b13[:, 0], expected["gate_proj", "bias"])
+        assert torch.equal(b13[:, 1], expected["up_proj", "bias"])
+        assert torch.equal(b2, expected["down_proj", "bias"])
+
+
+def test_gpt_oss_fused(tmp_path: Path) -> None:
+    folder, original = saved(tmp_path, "gpt_oss")
+    info = load_experts(folder, 1)
+    expected = gpt_oss_experts(original, 1)
+    for got, name in zip(info.dequantize(), ("gate_proj", "up_proj", "down_proj"), strict=True):
+        assert got is not None
+        assert torch.equal(got, expected[name, "weight"])
+    assert info.source_order == "interleaved"
+    check_biases(folder, original)
+    model = load(folder)
+    assert relative_rms(model, dense_twin(model), IDS) < HONEST
+
+
+def test_fused_adapters_of_gpt_oss_are_refused(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path / "m", "gpt_oss")
+    factors = {"A": torch.zeros(EXPERTS * 2, INTER), "B": torch.zeros(HIDDEN, 2 * EXPERTS)}
+    tensors = {f"model.layers.1.mlp.experts.lora_{name}.weight": tensor for name, tensor in factors.items()}
+    adapter = write_adapter(tmp_path / "a", tensors, target_parameters=["mlp.experts.down_proj"])
+    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.experts\.down_proj.*per-expert modules"):
+        attach_adapters(load(folder), {"a": adapter})
+
+
+@pytest.mark.parametrize("fmt", ["compressed-tensors", "gptq_v2", "dense"])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gpt_oss_per_expert(tmp_path: Path, fmt: str, act_order: bool) -> None:
+    """One set of tensors for each expert and projection; the act-order of down moves the rows of w13's biases."""
+    folder, original = saved(tmp_path, "gpt_oss")
+    held = {k: t for k, t in load_file(folder / "model.safetensors").items() if ".experts." not in k}
+    linear = quantise(torch.ones(1, GROUP))
+    with torch.no_grad():
+        for layer in (0, 1):
+            for (name, suffix), tensors in gpt_oss_experts(original, layer).items():
+                for expert, tensor in enumerate(tensors):
+                    module = f"model.layers.{layer}.mlp.experts.{expert}.{name}"
+                    if suffix == "bias" or fmt == "dense":
+                        held[f"{module}.{suffix}"] = tensor.detach().contiguous().clone()
+                        continue
+                    linear = quantise(tensor, act_order)
+                    held |= {f"{module}.{key}": value for key, value in ENCODERS[fmt](linear).items()}
+                    tensor.copy_(linear.weight)  # a view of the original's parameter
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_checkpoint(folder, held, config, None if fmt == "dense" else quantization_config(fmt, linear))
+    model = load(folder)
+    assert difference(logits(model, IDS), logits(original, IDS)) < HONEST
+    assert relative_rms(model, dense_twin(model), IDS) < HONEST
+    permuted = act_order and fmt != "dense"
+    assert all((m.moe.info.inter_perm is not None) == permuted for m in experts_of(model).values() if m.moe)
+    check_biases(folder, original)
+
+    key = "model.layers.1.mlp.experts.2.up_proj.bias"
+    write_checkpoint(
+        folder, {k: t for k, t in held.items() if k != key}, json.loads((folder / "config.json").read_text())
+    )
+    with pytest.raises(MissingTensorError, match=r"bias of model\.layers\.1\.mlp\.experts\.2\.up_proj"):
+        load(folder)
+
+
 def stacked(tensors: Tensors, key: str, change: Any) -> Tensors:
     return tensors | {key: change(tensors[key]).contiguous()}
 
@@ -217,7 +308,7 @@ BROKEN: dict[str, tuple[Any, type[FormatError], str]] = {
     "rows missing": (
         lambda t: stacked(t, GATE_UP, lambda w: w[:, :-1]),
         FormatError,
-        r"shape \[95, 64\].*expert 0, rows 0 to 94 of model\.layers\.1",
+        r"shape \[95, 64\].*expert 0, rows 0:95:1 of model\.layers\.1",
     ),
     "transposed": (lambda t: stacked(t, DOWN, lambda w: w.transpose(1, 2)), FormatError, r"\[96, 64\].*\[64, 96\]"),
     "twice": (
