@@ -114,7 +114,7 @@ def describe(path: str) -> dict[str, Any]:
     skeleton = build_skeleton(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kinds: dict[str, dict[str, Any]] = {}
-    for layer in describe_layers(checkpoint, find_experts(skeleton)):
+    for layer in describe_layers(checkpoint, find_experts(skeleton), skeleton):
         info = layer.meta_info()
         verdicts = judge(info, device, skeleton.dtype, lora=True)
         kind = {

@@ -148,3 +148,11 @@ class MoEQuantInfo:
             down = down.gather(2, order[:, None, :].expand_as(down))
         gate = w13[:, 0] if self.activation.gated else None
         return gate, w13[:, -1], down
+
+    def biases(self) -> tuple[Tensor | None, Tensor | None]:
+        """Biases of w13, float32 [E, halves, I], and of w2, [E, H], in the logical order; None where there are none."""
+        w13, w2 = self.w13.logical_bias(), self.w2.logical_bias()
+        if w13 is not None and self.inter_perm is not None:
+            order = self.inter_perm.to(torch.int64).argsort(dim=1)
+            w13 = w13.gather(2, order[:, None, :].expand_as(w13))
+        return w13, None if w2 is None else w2[:, 0]

@@ -28,7 +28,7 @@ from quant_moelora.integrations.session import AdapterSession, with_adapter_name
 from quant_moelora.layer import MoEExperts
 from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
 from quant_moelora.loaders.experts import LayerFormat, describe_layers, load_layer
-from quant_moelora.loaders.families import ExpertsSpec, find_experts
+from quant_moelora.loaders.families import PARAMETERS, ExpertsSpec, find_experts
 from quant_moelora.loaders.linears import QuantizedLinear, describe_linears
 from quant_moelora.loaders.registry import QUANTIZED_SUFFIXES
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 METHOD = "quant_moelora"
 # Checkpoint keys that our own loader reads, so that transformers need not report them.
-_EXPERT_KEYS = r"\.experts\.\d+\."
+_EXPERT_KEYS = rf"\.experts\.(\d+\.|({'|'.join(PARAMETERS)})(_bias)?$)"
 _QUANTIZED_KEYS = rf"\.({'|'.join(sorted(QUANTIZED_SUFFIXES))})$"
 _EXPERTS_TARGET = re.compile(r"(^|\.)experts\.")
 
@@ -123,7 +123,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
                 rule="a Mixture-of-Experts model whose experts are [E, out, in] parameters",
                 remedy="load it with transformers",
             )
-        self.layers = describe_layers(self.checkpoint, specs)
+        self.layers = describe_layers(self.checkpoint, specs, model)
         self.linears = describe_linears(self.checkpoint, model)
         device = torch.device(next(iter(device_map.values())) if device_map else "cpu")
         self._select_backends(device, dtype or model.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,26 @@ _DTYPES: dict[str, torch.dtype] = {
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some rows of one expert of a fused tensor [E, N, K], or [E, N] for a bias.
+
+    Attributes:
+        expert: the expert.
+        rows: which rows.
+        transposed: whether the tensor is [E, K, N].
+    """
+
+    expert: int
+    rows: slice
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        """For messages."""
+        start, stop, step = self.rows.start, self.rows.stop, self.rows.step or 1
+        return f"expert {self.expert}, {'columns' if self.transposed else 'rows'} {start}:{stop}:{step}"
+
+
+@dataclass(frozen=True)
 class TensorHeader:
     """What a file's header says of a tensor: no data is read.
 
@@ -47,17 +67,27 @@ class TensorHeader:
         dtype: torch dtype, or None for one that torch does not have.
         shape: its shape.
         file: the file it is in.
+        part: where this is some rows of one expert of a fused tensor.
     """
 
     key: str
     dtype: torch.dtype | None
     shape: tuple[int, ...]
     file: Path
+    part: Part | None = None
 
     @property
     def where(self) -> str:
         """``key in file``, for messages."""
-        return f"{self.key} in {self.file.name}"
+        if self.part is None:
+            return f"{self.key} in {self.file.name}"
+        return f"{self.part} of {self.key} in {self.file.name}"
+
+    def at(self, part: Part) -> TensorHeader:
+        """Header of a part of this tensor."""
+        whole = self.shape[:0:-1] if part.transposed else self.shape[1:]
+        rows = len(range(*part.rows.indices(whole[0])))
+        return replace(self, shape=(rows, *whole[1:]), part=part)
 
 
 class Checkpoint:
@@ -149,8 +179,8 @@ class Checkpoint:
                 ) from error
         return self._open[file]
 
-    def read(self, key: str) -> Tensor:
-        """The tensor ``key`` on the CPU.
+    def read(self, key: str, part: Part | None = None) -> Tensor:
+        """The tensor ``key`` on the CPU, or the ``part`` of it that a header names.
 
         Raises:
             MissingTensorError: the checkpoint has no such tensor.
@@ -160,7 +190,11 @@ class Checkpoint:
             raise MissingTensorError(
                 key, got="no such tensor", rule=f"it in {self.path}", remedy="download the checkpoint again"
             )
-        return self._handle(header.file).get_tensor(key)
+        handle = self._handle(header.file)
+        if part is None:
+            return handle.get_tensor(key)
+        expert = handle.get_slice(key)[part.expert]
+        return (expert.T if part.transposed else expert)[part.rows]
 
     def warn_once(self, message: str) -> None:
         """Log a warning about the checkpoint, unless it has been logged."""

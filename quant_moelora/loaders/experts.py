@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from quant_moelora.core.errors import UnsupportedError
-from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
+from quant_moelora.core.quant_info import MoEQuantInfo, SourceOrder
 from quant_moelora.core.scheme import QuantScheme, num_groups
+from quant_moelora.core.weights import DENSE_DTYPES
 from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
-from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
-from quant_moelora.loaders.codec import Codec, LinearFormat
+from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader, resolve_checkpoint
+from quant_moelora.loaders.codec import Codec, LinearFormat, LinearSpec, check_header
 from quant_moelora.loaders.families import (
+    ExpertKeys,
     ExpertsSpec,
     LayerKeys,
     Projection,
@@ -23,10 +25,14 @@ from quant_moelora.loaders.families import (
     check_complete,
     expert_keys,
     find_experts,
+    fused_keys,
 )
 from quant_moelora.loaders.pack import Weight, build_info
 from quant_moelora.loaders.promote import common_scheme, promote
 from quant_moelora.loaders.registry import describe_linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,19 @@ class LayerFormat:
         spec = self.spec
         hidden, inter = spec.hidden_size, spec.intermediate_size
         w13 = self._meta_weight("up", spec.activation.halves, inter, hidden)
-        return build_info(w13, self._meta_weight("down", 1, hidden, inter), spec.activation)
+        w2, halves = self._meta_weight("down", 1, hidden, inter), spec.activation.halves
+        shapes = ((spec.num_experts, halves, inter), (spec.num_experts, 1, hidden))
+        biases = [torch.empty(shape, dtype=torch.float32, device="meta") for shape in shapes]
+        info = build_info(w13, w2, spec.activation, *(biases if spec.has_bias else ()))
+        return replace(info, source_order=self.source_order)
+
+    @property
+    def source_order(self) -> SourceOrder:
+        """How the checkpoint holds gate and up."""
+        part = next(iter(self.keys[0, "up"].headers.values())).part
+        if part is None:
+            return "separate"
+        return "interleaved" if self.spec.interleaved else "concatenated"
 
     def _meta_weight(self, projection: Projection, halves: int, n: int, k: int) -> Weight:
         scheme, shape = self.scheme(projection), (self.spec.num_experts, halves, n)
@@ -94,7 +112,8 @@ def load_experts(path: str | Path, layer: int, device: torch.device | str = "cpu
         UnsupportedError: a format or model family that is not served, or a layer without routed experts.
     """
     checkpoint = Checkpoint(resolve_checkpoint(path))
-    specs = {spec.layer: spec for spec in find_experts(build_skeleton(checkpoint))}
+    model = build_skeleton(checkpoint)
+    specs = {spec.layer: spec for spec in find_experts(model)}
     if layer not in specs:
         raise UnsupportedError(
             "layer",
@@ -102,17 +121,42 @@ def load_experts(path: str | Path, layer: int, device: torch.device | str = "cpu
             rule=f"a layer with routed experts: {', '.join(map(str, specs)) or 'the model has none'}",
             remedy="choose one of them",
         )
-    return load_layer(checkpoint, describe_layers(checkpoint, [specs[layer]])[0], device)
+    return load_layer(checkpoint, describe_layers(checkpoint, [specs[layer]], model)[0], device)
 
 
-def describe_layers(checkpoint: Checkpoint, specs: list[ExpertsSpec]) -> list[LayerFormat]:
+def describe_layers(
+    checkpoint: Checkpoint, specs: list[ExpertsSpec], model: PreTrainedModel | None = None
+) -> list[LayerFormat]:
     """Find the tensors of the layers' experts and their formats, from headers and config alone.
+
+    Args:
+        checkpoint: the checkpoint.
+        specs: the layers.
+        model: their model, for its family's names of fused tensors; see `fused_keys`.
 
     Raises:
         MissingTensorError, FormatError, UnsupportedError: see `load_experts`.
     """
-    found = expert_keys(checkpoint)
-    return [_describe_layer(checkpoint, spec, found.get(spec.layer, {})) for spec in specs]
+    found, fused = expert_keys(checkpoint), fused_keys(checkpoint, specs, model)
+    return [
+        _describe_layer(checkpoint, spec, _one_of(found.get(spec.layer, {}), fused[spec.layer], spec)) for spec in specs
+    ]
+
+
+def _one_of(separate: LayerKeys, fused: LayerKeys, spec: ExpertsSpec) -> LayerKeys:
+    """A layer's tensors, which are one per expert and projection, or fused.
+
+    Raises:
+        FormatError: both are there.
+    """
+    if separate and fused:
+        raise FormatError(
+            f"experts {spec.module}",
+            got=f"{next(iter(separate.values())).module} and {next(iter(fused.values())).module}",
+            rule="one tensor for each expert and projection, or fused ones, and not both",
+            remedy="remove one of the two from the checkpoint",
+        )
+    return separate or fused
 
 
 def _describe_layer(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) -> LayerFormat:
@@ -121,7 +165,8 @@ def _describe_layer(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) 
     codecs: dict[Projection, Codec] = {}
     for (_, projection), held in sorted(keys.items()):
         linear = spec.linear(held.module, projection)
-        codec, fmt = describe_linear(checkpoint, linear, held.headers)
+        headers = _without_bias(linear, held) if spec.has_bias else held.headers
+        codec, fmt = describe_linear(checkpoint, linear, headers)
         first = formats.setdefault(projection, fmt)
         codecs.setdefault(projection, codec)
         _check_same(fmt, first, held.module, f"the {projection} projection of the layer's other experts")
@@ -134,6 +179,25 @@ def _check_shared(gate: LinearFormat, up: LinearFormat, module: str) -> None:
     """Raise unless gate and up are alike, or can be promoted to one scheme."""
     if gate.scheme is None or up.scheme is None or common_scheme(gate.scheme, up.scheme) is None:
         _check_same(gate, up, module, "up, which shares a weight with it")
+
+
+def _without_bias(linear: LinearSpec, held: ExpertKeys) -> dict[str, TensorHeader]:
+    """Headers of a projection without that of its bias, which no format changes.
+
+    Raises:
+        MissingTensorError: there is no bias.
+        FormatError: it has another shape or dtype than a bias.
+    """
+    bias = held.headers.get("bias")
+    if bias is None:
+        raise MissingTensorError(
+            f"bias of {held.module}",
+            got=f"only {', '.join(sorted(held.headers))}",
+            rule="a bias for every expert's projection, as the model has one",
+            remedy="download the checkpoint again",
+        )
+    check_header(bias, linear, (linear.n,), DENSE_DTYPES, "the bias")
+    return {suffix: header for suffix, header in held.headers.items() if suffix != "bias"}
 
 
 def _check_same(fmt: LinearFormat, other: LinearFormat, module: str, whose: str) -> None:
@@ -157,7 +221,31 @@ def load_layer(checkpoint: Checkpoint, layer: LayerFormat, device: torch.device 
     halves: list[Projection] = [p for p in layer.spec.projections if p != "down"]
     w13 = _stack([_read_projection(checkpoint, layer, p, device) for p in halves])
     w2 = _stack([_read_projection(checkpoint, layer, "down", device)])
-    return build_info(w13, w2, layer.spec.activation)
+    biases: list[Tensor] = []
+    if layer.spec.has_bias:
+        down: list[Projection] = ["down"]
+        biases = [
+            torch.stack([_read_bias(checkpoint, layer, p, device) for p in projections], dim=1)
+            for projections in (halves, down)
+        ]
+    return replace(build_info(w13, w2, layer.spec.activation, *biases), source_order=layer.source_order)
+
+
+def _read_bias(
+    checkpoint: Checkpoint, layer: LayerFormat, projection: Projection, device: torch.device | str
+) -> Tensor:
+    """Bias of one projection of all experts, float32 [E, N]."""
+    bias = _read(checkpoint, layer, projection, "bias", device)
+    check_finite(bias, [layer.keys[expert, projection].module for expert in range(layer.spec.num_experts)])
+    return bias.to(torch.float32)
+
+
+def _read(
+    checkpoint: Checkpoint, layer: LayerFormat, projection: Projection, suffix: str, device: torch.device | str
+) -> Tensor:
+    """One tensor of a projection, of all experts, stacked."""
+    headers = [layer.keys[expert, projection].headers[suffix] for expert in range(layer.spec.num_experts)]
+    return torch.stack([checkpoint.read(header.key, header.part) for header in headers]).to(device)
 
 
 def _read_projection(
@@ -166,9 +254,7 @@ def _read_projection(
     """One projection of all experts, [E, N, K]."""
     fmt = layer.formats[projection]
     held = [layer.keys[expert, projection] for expert in range(layer.spec.num_experts)]
-    tensors = {
-        suffix: torch.stack([checkpoint.read(h.headers[suffix].key) for h in held]).to(device) for suffix in fmt.tensors
-    }
+    tensors = {suffix: _read(checkpoint, layer, projection, suffix, device) for suffix in fmt.tensors}
     linear = layer.spec.linear(f"{layer.spec.module} ({projection})", projection)
     weight = layer.codecs[projection].decode(tensors, linear, fmt)
     check_finite(weight, [h.module for h in held])

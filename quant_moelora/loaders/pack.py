@@ -20,6 +20,8 @@ def build_info(
     w13: Weight,  # gate and up as halves: (E, halves, I, H)
     w2: Weight,  # (E, 1, H, I)
     activation: Activation,
+    b13: Tensor | None = None,  # (E, halves, I) float32
+    b2: Tensor | None = None,  # (E, 1, H) float32
 ) -> MoEQuantInfo:
     """Pack the two weights of a layer.
 
@@ -33,6 +35,7 @@ def build_info(
     if isinstance(w2, CanonicalWeight) and w2.g_idx is not None:
         w2, inter_perm = _sort_columns(w2)
         w13 = _permute_rows(w13, inter_perm)
+        b13 = None if b13 is None else b13.gather(2, inter_perm.expand_as(b13))
         inter_perm = inter_perm[:, 0].to(torch.int32)
     inter = _shape(w13)[2]
     if isinstance(w2, CanonicalWeight):
@@ -40,8 +43,8 @@ def build_info(
     else:
         inter_pad = packing.padded_rows(inter) if isinstance(w13, CanonicalWeight) else inter
     return MoEQuantInfo(
-        w13=_expert_weight(w13, n_pad=inter_pad, k_pad=None),
-        w2=_expert_weight(w2, n_pad=None, k_pad=inter_pad),
+        w13=_expert_weight(w13, b13, n_pad=inter_pad, k_pad=None),
+        w2=_expert_weight(w2, b2, n_pad=None, k_pad=inter_pad),
         activation=activation,
         inter_perm=inter_perm,
     )
@@ -93,13 +96,24 @@ def _pad_columns(weight: CanonicalWeight, k_pad: int) -> Tensor:
     return F.pad(torch.cat((weight.codes, fill), dim=-1), (0, k_pad - k - rest))
 
 
-def _expert_weight(weight: Weight, *, n_pad: int | None, k_pad: int | None) -> ExpertWeight:
+def _expert_weight(
+    weight: Weight,
+    bias: Tensor | None,  # (E, halves, N) float32
+    *,
+    n_pad: int | None,
+    k_pad: int | None,
+) -> ExpertWeight:
     """Pad and pack; dimensions that are not given are padded as little as the layout allows."""
+
+    def padded_bias(n_pad: int) -> Tensor | None:
+        return None if bias is None else F.pad(bias, (0, n_pad - n)).flatten(1, 2)
+
     experts, halves, n, k = _shape(weight)
     if isinstance(weight, Tensor):
         n_pad, k_pad = n_pad or n, k_pad or k
         w = F.pad(weight, (0, k_pad - k, 0, n_pad - n)).flatten(1, 2)
-        return DenseWeight(num_experts=experts, halves=halves, n=n, n_pad=n_pad, k=k, k_pad=k_pad, bias=None, w=w)
+        dims = {"num_experts": experts, "halves": halves, "n": n, "n_pad": n_pad, "k": k, "k_pad": k_pad}
+        return DenseWeight(**dims, bias=padded_bias(n_pad), w=w)
     scheme = weight.scheme
     n_pad = n_pad or packing.padded_rows(n)
     k_pad = k_pad or packing.padded_columns(k, scheme.group_size)
@@ -121,7 +135,7 @@ def _expert_weight(weight: Weight, *, n_pad: int | None, k_pad: int | None) -> E
         n_pad=n_pad,
         k=k,
         k_pad=k_pad,
-        bias=None,
+        bias=padded_bias(n_pad),
         scheme=scheme,
         qweight=packing.pack_codes(codes, scheme.bits),
         scales=pairs(weight.scales),

@@ -216,6 +216,13 @@ def _fused(
 ) -> LayerFactors:
     """LoRA on a fused parameter of all experts: A [E*r, K] seen as (E, r, K), B [N, r*E] seen as (N, r, E)."""
     parameter = _targeted_parameter(config, match, folder)
+    if spec.transposed or spec.interleaved:
+        raise AdapterError(
+            f"LoRA of {match['experts']}.{parameter} in {folder / WEIGHTS_FILE}",
+            got="a fused form for a parameter that is [E, K, N], or holds gate and up in turns",
+            rule="an adapter of per-expert modules for this family",
+            remedy="split the adapter by expert and projection",
+        )
     experts, inter, hidden = spec.num_experts, spec.intermediate_size, spec.hidden_size
     n, k = (hidden, inter) if parameter == "down_proj" else (2 * inter, hidden)
     a, b = pair["A"], pair["B"]

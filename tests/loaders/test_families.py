@@ -76,12 +76,28 @@ def test_unknown_activation_is_refused_by_name(tmp_path: Path) -> None:
         specs(tmp_path, qwen3_config(4, 64, 32, hidden_act="relu6"))
 
 
-def test_gpt_oss_is_refused_with_reasons(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"model\.layers\.0\.mlp\.experts \(GptOssExperts\)") as caught:
+def test_gpt_oss(tmp_path: Path) -> None:
+    swiglu = Activation("swigluoai", alpha=1.702, limit=7.0)
+    flags = {"transposed": True, "interleaved": True, "has_bias": True}
+    assert specs(tmp_path, GPT_OSS) == [ExpertsSpec("model.layers.0.mlp.experts", 0, 2, 64, 64, swiglu, **flags)]
+
+
+def test_another_gate_than_that_of_gpt_oss_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same attributes and a formula without the 1 that gpt-oss adds to up."""
+
+    def apply_gate(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up[..., ::2].clamp(max=self.limit), gate_up[..., 1::2].clamp(-self.limit, self.limit)
+        return gate * torch.sigmoid(self.alpha * gate) * up
+
+    monkeypatch.setattr("transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts._apply_gate", apply_gate)
+    with pytest.raises(UnsupportedError, match=r"experts \(GptOssExperts\).*it combines gate and up in its own way"):
         specs(tmp_path, GPT_OSS)
-    for reason in ("down_proj_bias", "is_transposed is True", "has_bias is True", "is_concatenated is False"):
-        assert reason in str(caught.value)
-    assert "it combines gate and up in its own way" in str(caught.value)
+
+
+def test_llama4_is_refused_with_reasons(tmp_path: Path) -> None:
+    config = {**qwen3_config(2, 64, 32), "model_type": "llama4_text", "num_local_experts": 2}
+    with pytest.raises(UnsupportedError, match=r"Llama4TextExperts.*it combines gate and up in its own way"):
+        specs(tmp_path, config)
 
 
 def test_model_without_experts(tmp_path: Path) -> None:
