@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -17,6 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quant_moelora.cli import main
+
+# Its log handler keeps the stderr of the first import, which must not be that of a test.
+importlib.import_module("transformers")
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "quant_moelora" / "data" / "demo"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,41 @@ class QuantMoELoRAConfig(QuantizationConfigMixin):
         self.backend = backend
 
 
+@dataclass(frozen=True)
+class _Load:
+    """What one load knows of its checkpoint and model before anything is read.
+
+    Attributes:
+        checkpoint: the files.
+        layers: the layers' experts.
+        backends: name of each layer's backend.
+        linears: quantised linear layers beside the experts.
+        shapes: of the model's parameters.
+    """
+
+    checkpoint: Checkpoint
+    layers: list[LayerFormat]
+    backends: list[str]
+    linears: list[QuantizedLinear]
+    shapes: dict[str, torch.Size]
+
+    def check_shapes(self, model: PreTrainedModel) -> None:
+        """Raise for parameters of another shape than the model's: transformers 5.17 takes what the checkpoint has.
+
+        Raises:
+            FormatError: a parameter took the checkpoint's shape.
+        """
+        for name, parameter in model.named_parameters():
+            expected = self.shapes.get(name, parameter.shape)
+            if parameter.shape != expected:
+                raise FormatError(
+                    name,
+                    got=f"shape {list(parameter.shape)} in {self.checkpoint.path}",
+                    rule=f"{list(expected)}, as config.json says",
+                    remedy="download the checkpoint again, or use the config that belongs to it",
+                )
+
+
 class QuantMoELoRAQuantizer(HfQuantizer):
     """Puts `FusedExperts` into a model and fills them."""
 
@@ -92,11 +128,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         self.pre_quantized = False
         self.backend = quantization_config.backend
         self.session = AdapterSession()
-        self.checkpoint: Checkpoint | None = None
-        self.layers: list[LayerFormat] = []
-        self.backends: list[str] = []  # of each layer
-        self.linears: list[QuantizedLinear] = []
-        self.shapes: dict[str, torch.Size] = {}  # of the model's parameters, before anything is loaded
+        self.load: _Load | None = None
 
     def _process_model_before_weight_loading(
         self,
@@ -114,7 +146,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
                 rule="safetensors files",
                 remedy="load from a checkpoint, not a state dict",
             )
-        self.checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
+        checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
         specs = find_experts(model)
         if not specs:
             raise UnsupportedError(
@@ -123,28 +155,30 @@ class QuantMoELoRAQuantizer(HfQuantizer):
                 rule="a Mixture-of-Experts model whose experts are [E, out, in] parameters",
                 remedy="load it with transformers",
             )
-        self.layers = describe_layers(self.checkpoint, specs, model)
-        self.linears = describe_linears(self.checkpoint, model)
+        layers = describe_layers(checkpoint, specs, model)
         device = torch.device(next(iter(device_map.values())) if device_map else "cpu")
-        self._select_backends(device, dtype or model.dtype)
-        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.load = _Load(
+            checkpoint=checkpoint,
+            layers=layers,
+            backends=self._select_backends(layers, device, dtype or model.dtype),
+            linears=describe_linears(checkpoint, model),
+            shapes={name: parameter.shape for name, parameter in model.named_parameters()},
+        )
         for spec in specs:
             model.set_submodule(spec.module, FusedExperts(spec, self.session))
-        missing = {rf"^{re.escape(linear.spec.module)}\.weight$" for linear in self.linears}
+        missing = {rf"^{re.escape(linear.spec.module)}\.weight$" for linear in self.load.linears}
         _ignore_keys(model, "missing", missing)
         _ignore_keys(model, "unexpected", {_EXPERT_KEYS, _QUANTIZED_KEYS})
         return model
 
-    def _select_backends(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Choose the backend of every layer, and log each choice once."""
-        lines: dict[str, None] = {}
-        for layer in self.layers:
-            info = layer.meta_info()
-            selection = select_backend(self.backend, info, device, dtype)
-            self.backends.append(selection.backend.name)
-            lines[f"{info.scheme_name}: {selection.report}"] = None
-        for line in lines:
+    def _select_backends(self, layers: list[LayerFormat], device: torch.device, dtype: torch.dtype) -> list[str]:
+        """Names of the layers' backends; each choice is logged once."""
+        infos = [layer.meta_info() for layer in layers]
+        selections = [select_backend(self.backend, info, device, dtype) for info in infos]
+        lines = [f"{info.scheme_name}: {s.report}" for info, s in zip(infos, selections, strict=True)]
+        for line in dict.fromkeys(lines):
             logger.info("%s", line)
+        return [selection.backend.name for selection in selections]
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel | None = None
@@ -159,44 +193,24 @@ class QuantMoELoRAQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Read, pack and place the experts, one layer at a time, and the quantised linear layers."""
-        assert self.checkpoint is not None  # _process_model_before_weight_loading
-        self._check_shapes(model)
-        pairs = zip(self.layers, self.backends, strict=True)
-        for layer, backend in tqdm(pairs, desc="Packing experts", unit="layer", total=len(self.layers), disable=None):
+        assert self.load is not None  # _process_model_before_weight_loading
+        load, self.load = self.load, None  # the quantizer lives as long as the model, what it read need not
+        load.check_shapes(model)
+        pairs = zip(load.layers, load.backends, strict=True)
+        for layer, backend in tqdm(pairs, desc="Packing experts", unit="layer", total=len(load.layers), disable=None):
             experts = model.get_submodule(layer.spec.module)
             block = model.get_submodule(layer.spec.module.rpartition(".")[0])
             assert isinstance(experts, FusedExperts)
             device = next(block.parameters()).device  # the router stands beside the experts
-            experts.moe = MoEExperts(load_layer(self.checkpoint, layer, device), backend)
+            experts.moe = MoEExperts(load_layer(load.checkpoint, layer, device), backend)
         with torch.no_grad():
-            for linear in self.linears:
+            for linear in load.linears:
                 weight = model.get_submodule(linear.spec.module).get_parameter("weight")
-                weight.copy_(linear.dequantize(self.checkpoint, weight.device))
-        if self.linears:
-            logger.info("%d quantised linear layers beside the experts were dequantised", len(self.linears))
+                weight.copy_(linear.dequantize(load.checkpoint, weight.device))
+        if load.linears:
+            logger.info("%d quantised linear layers beside the experts were dequantised", len(load.linears))
         model.forward = with_adapter_names(model.forward, self.session)
-        self.checkpoint, self.layers, self.linears, self.shapes = (
-            None,
-            [],
-            [],
-            {},
-        )  # the quantizer lives on with the model
         return model
-
-    def _check_shapes(self, model: PreTrainedModel) -> None:
-        """Raise for parameters of another shape than the model's: transformers 5.17 takes what the checkpoint has.
-
-        Raises:
-            FormatError: a parameter took the checkpoint's shape.
-        """
-        for name, parameter in model.named_parameters():
-            if parameter.shape != self.shapes.get(name, parameter.shape):
-                raise FormatError(
-                    name,
-                    got=f"shape {list(parameter.shape)} in {self.checkpoint.path if self.checkpoint else ''}",
-                    rule=f"{list(self.shapes[name])}, as config.json says",
-                    remedy="download the checkpoint again, or use the config that belongs to it",
-                )
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - untyped there
         """Saving the packed model is not possible yet."""

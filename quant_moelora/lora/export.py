@@ -146,17 +146,19 @@ def _config(adapter: Adapter, factors: Mapping[str, Factor]) -> LoraConfig:
     import peft
 
     config = copy.deepcopy(adapter.config)
+    facts: dict[str, tuple[int, int | float | None]] = {}
     # rsLoRA is kept if it can be: alpha / sqrt(2r) does not always hit what alpha / sqrt(r) was.
     for rslora in dict.fromkeys((config.use_rslora, False)):
         facts = {name: (f.a.shape[0], _alpha(f, rslora)) for name, f in factors.items()}
         if None not in {alpha for _, alpha in facts.values()}:
             break
     else:
+        name, factor = next((name, factors[name]) for name, (_, alpha) in facts.items() if alpha is None)
         raise AdapterError(
             f"adapter {adapter.path}",
-            got="a scaling that is no alpha divided by its rank",
-            rule="alpha / r or alpha / sqrt(r)",
-            remedy="save the adapter again with PEFT's save_pretrained",
+            got=f"scaling {factor.scaling!r} of {name}, which no alpha gives at rank {factor.a.shape[0]}",
+            rule="alpha / r, or alpha / sqrt(r) for all modules, to the last bit",
+            remedy="export it in the per_expert form, which keeps its ranks",
         )
     usual = Counter(facts.values()).most_common(1)[0][0]
     config.use_rslora, config.r = rslora, usual[0]

@@ -225,6 +225,30 @@ def test_what_the_fused_form_cannot_hold(tmp_path: Path) -> None:
     refused(load(tmp_path / "f", mixed, target_modules=PER_EXPERT), tmp_path / "6", "down_proj in layer 1")
 
 
+@pytest.mark.parametrize(("rank", "alpha", "kept"), [(4, 8, False), (2, 8, True), (8, 16, True)])
+def test_rslora_at_twice_the_rank(tmp_path: Path, rank: int, alpha: int, kept: bool) -> None:
+    """alpha / sqrt(2r) hits the scaling if sqrt(2r) is whole; else alpha / r, of a power of two, does."""
+    tensors = expert_lora(DIMS, NAMES, rank=rank)
+    adapter = load(tmp_path / "a", tensors, r=rank, lora_alpha=alpha, use_rslora=True, target_modules=PER_EXPERT)
+    fused = export(adapter, tmp_path / "fused", "fused")
+    assert kept == (math.isqrt(2 * rank) ** 2 == 2 * rank)
+    if kept:
+        assert config_of(tmp_path / "fused")["use_rslora"]
+    for layer, factors in adapter.layers.items():
+        for key, factor in factors.items():
+            assert fused.layers[layer][key].scaling == factor.scaling == alpha / math.sqrt(rank)
+
+
+def test_a_scaling_that_no_alpha_gives(tmp_path: Path) -> None:
+    """The doubles nearest to 14 * 35 / sqrt(7) and sqrt(14) * 35 / sqrt(7) all divide to a neighbour of the scaling."""
+    tensors = expert_lora(DIMS, NAMES, rank=7)
+    adapter = load(tmp_path / "a", tensors, r=7, lora_alpha=35, use_rslora=True, target_modules=PER_EXPERT)
+    with pytest.raises(AdapterError, match=r"gate_up_proj, which no alpha gives at rank 14.*per_expert form"):
+        export(adapter, tmp_path / "fused", "fused")
+    assert not (tmp_path / "fused").exists()
+    assert same(export(adapter, tmp_path / "apart", "per_expert"), adapter)
+
+
 def test_a_folder_with_an_adapter_is_left_alone(tmp_path: Path) -> None:
     adapter = load(tmp_path / "a", fused_lora(DIMS), target_parameters=FUSED)
     before = (tmp_path / "a" / WEIGHTS).read_bytes()
