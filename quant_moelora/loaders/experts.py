@@ -159,8 +159,26 @@ def _one_of(separate: LayerKeys, fused: LayerKeys, spec: ExpertsSpec) -> LayerKe
     return separate or fused
 
 
+def _check_halves(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) -> None:
+    """Raise UnsupportedError for files whose gate_proj and up_proj are no gate and up.
+
+    gptqmodel 7.6 cuts the interleaved gate_up of gpt-oss in the middle: its gate_proj is the first half of the columns,
+    gate and up by turns (its own forward puts them together again).
+    """
+    writers = str((checkpoint.quantization.get("meta") or {}).get("quantizer"))
+    held = keys[0, "up"]
+    if spec.interleaved and "gptqmodel" in writers and next(iter(held.headers.values())).part is None:
+        raise UnsupportedError(
+            f"gate and up of {spec.module}",
+            got=f"{held.module} as {writers} writes it, half of the interleaved columns",
+            rule="gate_proj and up_proj with the rows of gate and of up",
+            remedy="quantise the model with llm-compressor",
+        )
+
+
 def _describe_layer(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) -> LayerFormat:
     check_complete(spec, keys, checkpoint)
+    _check_halves(checkpoint, spec, keys)
     formats: dict[Projection, LinearFormat] = {}
     codecs: dict[Projection, Codec] = {}
     for (_, projection), held in sorted(keys.items()):

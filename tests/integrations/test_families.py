@@ -290,6 +290,13 @@ def test_gpt_oss_per_expert(tmp_path: Path, fmt: str, act_order: bool) -> None:
     )
     with pytest.raises(MissingTensorError, match=r"bias of model\.layers\.1\.mlp\.experts\.2\.up_proj"):
         load(folder)
+    if fmt == "gptq_v2":  # gptqmodel cuts the interleaved columns in the middle, under the same names
+        writer = {"meta": {"quantizer": ["gptqmodel:7.6.0"]}}
+        write_checkpoint(folder, held, config, quantization_config(fmt, linear) | writer)
+        with pytest.raises(
+            UnsupportedError, match=r"gate and up of .*gptqmodel:7\.6\.0.*half of the interleaved columns"
+        ):
+            load(folder)
 
 
 def stacked(tensors: Tensors, key: str, change: Any) -> Tensors:
