@@ -45,7 +45,7 @@ _ORDER: dict[int, tuple[str, ...]] = {
     4: ("warp", "g", "t", "kq", "kr", "e", "kh", "rh"),
     8: ("kq", "warp", "g", "t", "kr", "kh", "e", "rh"),
 }
-_NATURAL: tuple[str, ...] = ("warp", "rh", "g", "kq", "kr", "kh", "t", "e")
+_NATURAL: tuple[str, ...] = ("tile_n", "warp", "rh", "g", "tile_k", "kq", "kr", "kh", "t", "e")  # of a weight [N, K]
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -82,7 +82,7 @@ def pack_codes(
     *lead, n, k = codes.shape
     first = len(lead)
     tiles = codes.reshape(*lead, n // TILE, *_SPLIT_N, k // TILE, *_SPLIT_K)
-    place = {digit: first + i for i, digit in enumerate(("tile_n", *_NATURAL[:3], "tile_k", *_NATURAL[3:]))}
+    place = {digit: first + i for i, digit in enumerate(_NATURAL)}
     ordered = tiles.permute(*range(first), place["tile_n"], place["tile_k"], *(place[d] for d in _ORDER[bits]))
     slots = ordered.reshape(*lead, n // TILE, k // TILE, -1, WORD_BITS // bits)
     words = torch.zeros(slots.shape[:-1], dtype=torch.int32, device=codes.device)
@@ -99,11 +99,10 @@ def unpack_codes(
     *lead, tiles_n, tiles_k, _ = qweight.shape
     first, mask = len(lead), (1 << bits) - 1
     slots = torch.stack([(qweight >> s & mask).to(torch.uint8) for s in range(0, WORD_BITS, bits)], dim=-1)
-    sizes = dict(zip(_NATURAL, (*_SPLIT_N, *_SPLIT_K), strict=True))
+    sizes = dict(zip(_NATURAL, (tiles_n, *_SPLIT_N, tiles_k, *_SPLIT_K), strict=True))
     tiles = slots.reshape(*lead, tiles_n, tiles_k, *(sizes[digit] for digit in _ORDER[bits]))
     place = {digit: first + i for i, digit in enumerate(("tile_n", "tile_k", *_ORDER[bits]))}
-    order = ("tile_n", *_NATURAL[:3], "tile_k", *_NATURAL[3:])
-    natural = tiles.permute(*range(first), *(place[digit] for digit in order))
+    natural = tiles.permute(*range(first), *(place[digit] for digit in _NATURAL))
     return natural.reshape(*lead, tiles_n * TILE, tiles_k * TILE)
 
 

@@ -143,16 +143,21 @@ class MoEQuantInfo:
         """
         w13, down = self.w13.dequantize(), self.w2.dequantize()[:, 0]
         if self.inter_perm is not None:
-            order = self.inter_perm.to(torch.int64).argsort(dim=1)  # logical -> stored
+            order = self._stored_positions(self.inter_perm)
             w13 = w13.gather(2, order[:, None, :, None].expand_as(w13))
             down = down.gather(2, order[:, None, :].expand_as(down))
         gate = w13[:, 0] if self.activation.gated else None
         return gate, w13[:, -1], down
 
+    @staticmethod
+    def _stored_positions(inter_perm: Tensor) -> Tensor:
+        """Logical intermediate position -> stored one, int64 [E, I]: the inverse of inter_perm [E, I]."""
+        return inter_perm.to(torch.int64).argsort(dim=1)
+
     def biases(self) -> tuple[Tensor | None, Tensor | None]:
         """Biases of w13, float32 [E, halves, I], and of w2, [E, H], in the logical order; None where there are none."""
         w13, w2 = self.w13.logical_bias(), self.w2.logical_bias()
         if w13 is not None and self.inter_perm is not None:
-            order = self.inter_perm.to(torch.int64).argsort(dim=1)
+            order = self._stored_positions(self.inter_perm)
             w13 = w13.gather(2, order[:, None, :].expand_as(w13))
         return w13, None if w2 is None else w2[:, 0]

@@ -108,7 +108,7 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     """
     checkpoint = Checkpoint(resolve_checkpoint(path))
     skeleton = build_skeleton(checkpoint)
-    layers = describe_layers(checkpoint, find_experts(skeleton))
+    layers = describe_layers(checkpoint, find_experts(skeleton), skeleton)
     dense = None if against is None else Checkpoint(resolve_checkpoint(against))
     dense_layers = {} if dense is None else _dense_layers(dense, layers)
     projections: list[ProjectionReport] = []
@@ -138,7 +138,8 @@ def _dense_layers(dense: Checkpoint, layers: list[LayerFormat]) -> dict[int, Lay
     Raises:
         FormatError: its experts are quantised or of other dimensions.
     """
-    found = {layer.spec.layer: layer for layer in describe_layers(dense, find_experts(build_skeleton(dense)))}
+    skeleton = build_skeleton(dense)
+    found = {layer.spec.layer: layer for layer in describe_layers(dense, find_experts(skeleton), skeleton)}
     ours = {layer.spec.layer: layer.spec for layer in layers}
     theirs = {number: layer.spec for number, layer in found.items()}
     for number in sorted(ours.keys() | theirs.keys()):

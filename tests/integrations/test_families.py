@@ -16,6 +16,7 @@ from quant_moelora.core.errors import AdapterError, FormatError, MissingTensorEr
 from quant_moelora.integrations.adapters import attach_adapters
 from quant_moelora.integrations.parity import dense_twin, relative_rms
 from quant_moelora.integrations.transformers import experts_of
+from quant_moelora.integrations.verify import verify
 from quant_moelora.loaders.experts import load_experts
 from quant_moelora.loaders.families import find_experts, parse_expert_module
 from tests.adapters import Tensors, write_adapter
@@ -246,6 +247,13 @@ def test_gpt_oss_fused(tmp_path: Path) -> None:
     check_biases(folder, original)
     model = load(folder)
     assert relative_rms(model, dense_twin(model), IDS) < HONEST
+
+
+def test_verify_of_renamed_experts(tmp_path: Path) -> None:
+    """Granite's tensors are found by transformers' renamings, in the model verified and in the dense one."""
+    folder, _ = saved(tmp_path, "granitemoe")
+    found = verify(folder, folder)
+    assert found.ok and all(row.relative_error == 0 for row in found.projections)
 
 
 def test_fused_adapters_of_gpt_oss_are_refused(tmp_path: Path) -> None:
