@@ -106,8 +106,8 @@ def describe(path: str) -> dict[str, Any]:
 
     from quant_moelora.experts.registry import judge
     from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
-    from quant_moelora.loaders.experts import describe_layers
     from quant_moelora.loaders.families import build_skeleton, find_experts
+    from quant_moelora.loaders.layer_format import describe_layers
     from quant_moelora.loaders.linears import describe_linears
 
     checkpoint = Checkpoint(resolve_checkpoint(path))

@@ -28,8 +28,9 @@ from quant_moelora.experts.registry import AUTO, select_backend
 from quant_moelora.integrations.session import AdapterSession, with_adapter_names
 from quant_moelora.layer import MoEExperts
 from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
-from quant_moelora.loaders.experts import LayerFormat, describe_layers, load_layer
+from quant_moelora.loaders.experts import load_layer
 from quant_moelora.loaders.families import PARAMETERS, ExpertsSpec, find_experts
+from quant_moelora.loaders.layer_format import LayerFormat, describe_layers
 from quant_moelora.loaders.linears import QuantizedLinear, describe_linears
 from quant_moelora.loaders.registry import QUANTIZED_SUFFIXES
 

@@ -17,8 +17,9 @@ from quant_moelora.experts.registry import AUTO, select_backend
 from quant_moelora.integrations.parity import dense_twin, random_ids, relative_rms
 from quant_moelora.integrations.transformers import from_pretrained
 from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
-from quant_moelora.loaders.experts import LayerFormat, describe_layers, load_layer
+from quant_moelora.loaders.experts import load_layer
 from quant_moelora.loaders.families import Projection, build_skeleton, find_experts
+from quant_moelora.loaders.layer_format import LayerFormat, describe_layers
 
 # Relative RMS of the logits; two float32 evaluations of one model differ by less than 1e-5.
 PARITY_BOUND = 1e-4

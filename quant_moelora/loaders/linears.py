@@ -13,7 +13,7 @@ from quant_moelora.core.errors import UnsupportedError
 from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
 from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader
 from quant_moelora.loaders.codec import Codec, LinearFormat, LinearSpec
-from quant_moelora.loaders.families import parse_expert_module
+from quant_moelora.loaders.expert_keys import parse_expert_module
 from quant_moelora.loaders.registry import QUANTIZED_SUFFIXES, describe_linear
 
 

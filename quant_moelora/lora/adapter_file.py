@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quant_moelora.core.errors import AdapterError
-from quant_moelora.loaders.families import ExpertsSpec, Projection, parse_expert_module
+from quant_moelora.loaders.expert_keys import parse_expert_module
+from quant_moelora.loaders.families import ExpertsSpec, Projection
 
 if TYPE_CHECKING:
     from peft import LoraConfig

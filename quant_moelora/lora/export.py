@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quant_moelora.core.errors import AdapterError, UnsupportedError
-from quant_moelora.loaders.families import ExpertsSpec, Projection, expert_modules
+from quant_moelora.loaders.expert_keys import expert_modules
+from quant_moelora.loaders.families import ExpertsSpec, Projection
 from quant_moelora.lora.adapter_file import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter, Factor
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from quant_moelora.integrations.adapters import attach_adapters
 from quant_moelora.integrations.parity import dense_twin, relative_rms
 from quant_moelora.integrations.transformers import experts_of
 from quant_moelora.integrations.verify import verify
+from quant_moelora.loaders.expert_keys import parse_expert_module
 from quant_moelora.loaders.experts import load_experts
-from quant_moelora.loaders.families import find_experts, parse_expert_module
+from quant_moelora.loaders.families import find_experts
 from tests.adapters import Tensors, write_adapter
 from tests.checkpoints import ENCODERS, Linear, gptq_v2, quantization_config, write_checkpoint
 from tests.integrations.models import EFFECT, HONEST, difference, load, logits

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from quant_moelora.core.errors import FormatError, MissingTensorError
 from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
-from quant_moelora.loaders.experts import describe_layers, load_layer
+from quant_moelora.loaders.experts import load_layer
+from quant_moelora.loaders.layer_format import describe_layers
 from tests.checkpoints import (
     definition,
     experts_spec,

@@ -16,8 +16,9 @@ from quant_moelora.core.errors import FormatError, MissingTensorError, QuantMoEL
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.weights import PackedWeight
 from quant_moelora.loaders.checkpoint import Checkpoint
-from quant_moelora.loaders.experts import describe_layers, load_experts, load_layer
+from quant_moelora.loaders.experts import load_experts, load_layer
 from quant_moelora.loaders.families import ExpertsSpec, Projection
+from quant_moelora.loaders.layer_format import describe_layers
 from tests.checkpoints import (
     BITS,
     ENCODERS,

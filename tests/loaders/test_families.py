@@ -10,14 +10,9 @@ import torch
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.errors import UnsupportedError
 from quant_moelora.loaders.checkpoint import Checkpoint
+from quant_moelora.loaders.expert_keys import expert_keys, parse_expert_module
 from quant_moelora.loaders.experts import load_experts
-from quant_moelora.loaders.families import (
-    ExpertsSpec,
-    build_skeleton,
-    expert_keys,
-    find_experts,
-    parse_expert_module,
-)
+from quant_moelora.loaders.families import ExpertsSpec, build_skeleton, find_experts
 from tests.checkpoints import mixtral_config, qwen3_config, write_checkpoint
 
 SILU = Activation("silu")

@@ -13,8 +13,9 @@ import quant_moelora
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.weights import DenseWeight, PackedWeight
 from quant_moelora.loaders.checkpoint import Checkpoint
-from quant_moelora.loaders.experts import describe_layers, load_experts, load_layer
+from quant_moelora.loaders.experts import load_experts, load_layer
 from quant_moelora.loaders.families import build_skeleton, find_experts
+from quant_moelora.loaders.layer_format import describe_layers
 from quant_moelora.loaders.linears import describe_linears
 
 DEMO = "demo"

@@ -14,8 +14,9 @@ from quant_moelora.core.errors import FormatError, QuantMoELoRAError, Unsupporte
 from quant_moelora.loaders.canonical import CanonicalWeight
 from quant_moelora.loaders.checkpoint import Checkpoint
 from quant_moelora.loaders.codec import LinearSpec
-from quant_moelora.loaders.experts import describe_layers, load_layer
+from quant_moelora.loaders.experts import load_layer
 from quant_moelora.loaders.families import build_skeleton, find_experts
+from quant_moelora.loaders.layer_format import describe_layers
 from quant_moelora.loaders.linears import describe_linears
 from quant_moelora.loaders.registry import find_codec
 from tests.checkpoints import (

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from quant_moelora.core.errors import AdapterError, UnsupportedError
 from quant_moelora.loaders.checkpoint import Checkpoint
-from quant_moelora.loaders.families import ExpertsSpec, build_skeleton, expert_modules, find_experts
+from quant_moelora.loaders.expert_keys import expert_modules
+from quant_moelora.loaders.families import ExpertsSpec, build_skeleton, find_experts
 from quant_moelora.lora.adapter_file import Adapter, Factor, load_adapter
 from quant_moelora.lora.export import Form, export_adapter
 from tests.adapters import CONFIG, PREFIX, WEIGHTS, Dims, Tensors, attention_lora, expert_lora, fused_lora
