@@ -26,6 +26,7 @@ from quant_moelora.loaders.codec import (
     LinearSpec,
     check_agrees,
     check_header,
+    check_understood,
     check_whole_words,
     normalise_group_size,
 )
@@ -55,6 +56,7 @@ class AWQ:
     def describe(self, spec: LinearSpec, headers: Headers, config: Mapping[str, Any]) -> LinearFormat:
         """See `Codec.describe`."""
         config = module_config(spec.module, config)
+        check_understood(spec, config)
         layouts = _layouts(spec, headers)
         declared = config.get("version") or config.get("format")
         version = str(declared or (layouts or [GEMM])[0]).lower()

@@ -146,6 +146,29 @@ def check_agrees(what: str, spec: LinearSpec, got: object, config: object) -> No
         )
 
 
+def check_understood(spec: LinearSpec, config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedError for settings of gptqmodel's configs that give the tensors another meaning."""
+    found = [f"{name} {config[name]}" for name in ("is_marlin_format", "rotation", "adapter") if config.get(name)]
+    if found:
+        raise UnsupportedError(
+            f"quantization_config of {spec.module}",
+            got=", ".join(found),
+            rule="weights as GPTQ or AWQ packs them, neither rotated nor with an adapter of their own",
+            remedy="quantise the model without, or convert it back with the tool that wrote it",
+        )
+
+
 def normalise_group_size(value: int | None) -> int | None:
-    """None for the ways in which configs write "one group per channel"."""
+    """None for the ways in which configs write "one group per channel".
+
+    Raises:
+        FormatError: it is no whole number.
+    """
+    if value is not None and type(value) is not int:
+        raise FormatError(
+            "group_size of the quantization_config",
+            got=repr(value),
+            rule="a whole number",
+            remedy="correct config.json",
+        )
     return None if value is None or value <= 0 else value

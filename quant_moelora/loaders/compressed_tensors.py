@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from quant_moelora.core.errors import FormatError, UnsupportedError
+from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
 from quant_moelora.core.scheme import SCALE_DTYPES, SUPPORTED_BITS, QuantScheme, num_groups
 from quant_moelora.loaders.canonical import CanonicalWeight, trivial_g_idx, unpack_words
 from quant_moelora.loaders.codec import (
@@ -27,9 +28,29 @@ from quant_moelora.loaders.codec import (
     check_header,
     normalise_group_size,
 )
+from quant_moelora.loaders.overrides import module_config
 
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
+
+TENSOR = "tensor"  # the strategy of one scale for the whole weight
+STRATEGIES = (TENSOR, "channel", "group")
+_ACT_ORDER = ("group", "dynamic", True)  # spellings of an actorder whose groups are in weight_g_idx
+
+
+@dataclass(frozen=True)
+class ConfigGroup:
+    """What a config says of the modules that one of its groups targets.
+
+    Attributes:
+        weights: their quantisation; None if the group does not quantise weights.
+        activations: whether it quantises input activations.
+        act_order: whether the group of a column is in weight_g_idx.
+    """
+
+    weights: QuantizationArgs | None
+    activations: bool
+    act_order: bool
 
 
 class PackQuantized:
@@ -68,6 +89,13 @@ class PackQuantized:
             check_header(headers["weight_zero_point"], spec, (words, groups), (torch.int32,), what)
         if "weight_g_idx" in headers:
             check_header(headers["weight_g_idx"], spec, (spec.k,), (torch.int32,), what)
+        elif group is not None and group.act_order and groups > 1:
+            raise MissingTensorError(
+                f"weight_g_idx of {spec.module}",
+                got=f"only {', '.join(sorted(headers))}",
+                rule="the group of every column, since the config says actorder group",
+                remedy="download the checkpoint again, or correct the config's actorder",
+            )
         scale_dtype = headers["weight_scale"].dtype
         assert scale_dtype is not None  # check_header
         scheme = QuantScheme(bits, group_size, symmetric, scale_dtype)
@@ -108,23 +136,46 @@ def stored_group_size(spec: LinearSpec, headers: Headers, args: QuantizationArgs
     return spec.k // groups
 
 
-def config_group(spec: LinearSpec, config: Mapping[str, Any]) -> QuantizationScheme | None:
-    """The first config group that targets a module; None if there is none."""
+def config_group(spec: LinearSpec, config: Mapping[str, Any]) -> ConfigGroup | None:
+    """The first config group that targets a module; None if there is none.
+
+    Raises:
+        FormatError: the config is none of compressed-tensors' schema.
+        UnsupportedError: its weights are no stored integers, or are transformed.
+    """
     from compressed_tensors.utils.match import is_match
 
     if not config:
         return None
-    parsed = _parse(json.dumps(dict(config), sort_keys=True))
+    parsed, act_order = _parse(json.dumps(_in_schema(spec.module, config), sort_keys=True))
     linear = _any_linear()
-    for group in parsed.config_groups.values():
-        if not isinstance(group, list) and is_match(spec.module, linear, group.targets, parsed.ignore or ()):
-            return group
+    for name, group in parsed.config_groups.items():
+        if isinstance(group, list) or not is_match(spec.module, linear, group.targets, parsed.ignore or ()):
+            continue
+        weights = group.weights
+        if weights is not None and (weights.type != "int" or weights.dynamic or weights.strategy not in STRATEGIES):
+            raise UnsupportedError(
+                f"weights of {spec.module}",
+                got=f"type {weights.type}, strategy {weights.strategy}, dynamic {weights.dynamic}",
+                rule=f"type int, strategy {', '.join(STRATEGIES)}, dynamic False",
+                remedy="requantise the model to int4 or int8",
+            )
+        return ConfigGroup(weights, group.input_activations is not None, name in act_order)
     return None
 
 
-def weight_only(group: QuantizationScheme | None) -> str | None:
+def _in_schema(module: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config in compressed-tensors' schema; that of auto-round's own format says the same in GPTQ's words."""
+    if config.get("quant_method") != "auto-round" or "config_groups" in config:
+        return dict(config)
+    own = module_config(module, config)
+    weights = {"num_bits": own.get("bits"), "symmetric": own.get("sym", True), "group_size": own.get("group_size")}
+    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+
+
+def weight_only(group: ConfigGroup | None) -> str | None:
     """The warning that a config group's activations are not quantised here, if it wants them to be."""
-    if group is None or group.input_activations is None:
+    if group is None or not group.activations:
         return None
     return (
         "the checkpoint quantises input activations too (such as W8A8): its weights are loaded as they are and "
@@ -133,17 +184,27 @@ def weight_only(group: QuantizationScheme | None) -> str | None:
 
 
 @lru_cache(maxsize=4)  # a model has one config and tens of thousands of modules that match against it
-def _parse(config: str) -> QuantizationConfig:
-    """The raw config in the schema of compressed-tensors."""
+def _parse(config: str) -> tuple[QuantizationConfig, frozenset[str]]:
+    """The raw config in the schema of compressed-tensors, and the names of its groups with act-order."""
     from compressed_tensors.quantization import QuantizationConfig
 
     raw = json.loads(config)
-    for group in raw.get("config_groups", {}).values():
-        # The schema refuses actorder "group" since 0.19. The tensors say the same (weight_g_idx), so it is left out.
-        if isinstance(group, dict) and isinstance(group.get("weights"), dict):
-            group["weights"].pop("actorder", None)
+    if raw.get("transform_config"):
+        raise UnsupportedError(
+            "transform_config of the quantization_config",
+            got=str(raw["transform_config"]),
+            rule="none, since the weights of a transformed model need transformed activations",
+            remedy="quantise the model without transforms",
+        )
+    held = {
+        name: group["weights"]
+        for name, group in raw.get("config_groups", {}).items()
+        if isinstance(group, dict) and isinstance(group.get("weights"), dict)
+    }
+    # The schema refuses actorder "group" since 0.19.
+    act_order = frozenset(name for name, weights in held.items() if weights.pop("actorder", None) in _ACT_ORDER)
     try:
-        return QuantizationConfig.model_validate(raw)
+        return QuantizationConfig.model_validate(raw), act_order
     except ValueError as error:
         raise FormatError(
             "quantization_config",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_moelora.core.errors import FormatError, UnsupportedError
+from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
 from quant_moelora.core.scheme import SCALE_DTYPES, SUPPORTED_BITS, QuantScheme, num_groups
 from quant_moelora.loaders.canonical import CanonicalWeight, trivial_g_idx, unpack_words
 from quant_moelora.loaders.codec import (
@@ -27,6 +27,7 @@ from quant_moelora.loaders.codec import (
     LinearSpec,
     check_agrees,
     check_header,
+    check_understood,
     check_whole_words,
     normalise_group_size,
 )
@@ -52,11 +53,10 @@ class GPTQ:
     def describe(self, spec: LinearSpec, headers: Headers, config: Mapping[str, Any]) -> LinearFormat:
         """See `Codec.describe`."""
         config = module_config(spec.module, config)
-        version = (
-            config.get("checkpoint_format")
-            or config.get("format")
-            or _VERSIONS.get(config.get("packing_format", ""), V1)
-        )
+        check_understood(spec, config)
+        names = [config[name] for name in ("checkpoint_format", "format") if config.get(name)]
+        packing = config.get("packing_format") or "auto_round:auto_gptq"
+        version = names[0] if names else _VERSIONS.get(packing, packing)
         if version not in (V1, V2, PLANAR):
             raise UnsupportedError(
                 f"checkpoint_format of {spec.module}",
@@ -82,10 +82,18 @@ class GPTQ:
         check_header(headers["qzeros"], spec, (groups, spec.n * bits // 32), (torch.int32,), what)
         if "g_idx" in headers:
             check_header(headers["g_idx"], spec, (spec.k,), (torch.int32,), what)
+        elif config.get("desc_act") and groups > 1:
+            raise MissingTensorError(
+                f"g_idx of {spec.module}",
+                got=f"only {', '.join(sorted(headers))}",
+                rule="the group of every column, since the config says desc_act",
+                remedy="download the checkpoint again, or correct the config's desc_act",
+            )
         scale_dtype = headers["scales"].dtype
         assert scale_dtype is not None  # check_header
         scheme = QuantScheme(bits, group_size, bool(config.get("sym", True)), scale_dtype)
-        return LinearFormat(self.name, scheme, tuple(sorted(headers)), (V1 if version == V1 else V2,))
+        options = (V1 if version == V1 else V2,)
+        return LinearFormat(self.name, scheme, tuple(sorted(headers)), options, _conflict(names))
 
     def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec, fmt: LinearFormat) -> CanonicalWeight:
         """See `Codec.decode`."""
@@ -107,6 +115,13 @@ class GPTQ:
             zeros=None if scheme.symmetric else zeros.transpose(-1, -2).contiguous(),
             g_idx=g_idx,
         )
+
+
+def _conflict(names: list[str]) -> str | None:
+    """The warning that a config names two versions: the older key's, which comes first, counts."""
+    if len(set(names)) < 2:
+        return None
+    return f"the config says checkpoint_format {names[0]} and format {names[1]}: it is read as {names[0]}"
 
 
 def check_symmetric(

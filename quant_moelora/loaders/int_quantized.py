@@ -21,11 +21,9 @@ from quant_moelora.core.errors import UnsupportedError
 from quant_moelora.core.scheme import SCALE_DTYPES, QuantScheme, num_groups
 from quant_moelora.loaders.canonical import CanonicalWeight
 from quant_moelora.loaders.codec import Headers, LinearFormat, LinearSpec, check_agrees, check_header
-from quant_moelora.loaders.compressed_tensors import config_group, stored_group_size, weight_only
+from quant_moelora.loaders.compressed_tensors import TENSOR, config_group, stored_group_size, weight_only
 
 BITS = 8
-TENSOR = "tensor"  # the strategy of one scale for the whole weight; an option of the format
-STRATEGIES = (TENSOR, "channel", "group")
 
 
 class IntQuantized:
@@ -51,11 +49,11 @@ class IntQuantized:
             )
         group = config_group(spec, config)
         args = None if group is None else group.weights
-        if args is not None and (args.num_bits != BITS or args.strategy not in STRATEGIES):
+        if args is not None and args.num_bits != BITS:
             raise UnsupportedError(
                 f"weights of {spec.module}",
-                got=f"num_bits {args.num_bits}, strategy {args.strategy}, not packed",
-                rule=f"num_bits {BITS}, strategy {', '.join(STRATEGIES)}",
+                got=f"num_bits {args.num_bits}, not packed",
+                rule=f"num_bits {BITS}",
                 remedy="requantise the model, or compress it as pack-quantized",
             )
         symmetric = "weight_zero_point" not in headers

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quant_moelora.core.errors import AdapterError
+from quant_moelora.core.weights import DENSE_DTYPES
 from quant_moelora.loaders.expert_keys import parse_expert_module
 from quant_moelora.loaders.families import ExpertsSpec, Projection
 
@@ -162,11 +163,32 @@ def _pairs(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str, T
         match = _SUFFIX.fullmatch(key.removeprefix(PREFIX))
         if match is None:
             raise _unknown(folder, key, "not a lora_A or lora_B weight")
+        _check_factor(folder, key, tensor)
         pairs.setdefault(match["module"], {})[match["factor"]] = tensor
     for module, pair in pairs.items():
         if len(pair) != 2:
             raise _unknown(folder, f"{module}.lora_{next(iter(pair))}.weight", "its counterpart is missing")
     return pairs
+
+
+def _check_factor(
+    folder: Path,
+    key: str,
+    tensor: Tensor,  # (...)
+) -> None:
+    """Raise AdapterError for a tensor that can be no factor of a LoRA, whatever its module."""
+    if tensor.dtype not in DENSE_DTYPES or tensor.ndim != 2 or not tensor.numel():
+        got = f"{tensor.dtype} {list(tensor.shape)}"
+    elif not bool(tensor.isfinite().all()):
+        got = "values that are not finite"
+    else:
+        return
+    raise AdapterError(
+        f"{key} in {folder / WEIGHTS_FILE}",
+        got=got,
+        rule="a matrix of finite values in float32, bfloat16 or float16, of rank 1 at least",
+        remedy="save the adapter again, or train it again if it diverged",
+    )
 
 
 def _unknown(folder: Path, key: str, why: str) -> AdapterError:

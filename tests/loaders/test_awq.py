@@ -149,6 +149,7 @@ def test_old_names_of_the_config() -> None:
             "AWQ version of .*up_proj: got gemm from the tensors.* shapes, expected gemv",
         ),
         ({"version": "gemv_fast"}, UnsupportedError, "AWQ version of .*up_proj: got gemv_fast, expected gemm or gemv"),
+        ({"rotation": "random"}, UnsupportedError, "quantization_config of .*up_proj: got rotation random"),
         ({"bits": 8}, FormatError, "bits of .*up_proj: got 4 from the tensors' shapes, expected 8"),
         ({"group_size": 64}, FormatError, r"scales: got shape \[4, 16\], expected \[2, 16\].*group_size 64"),
         ({"zero_point": False}, FormatError, "qzeros of .*up_proj: got zero point .*, expected 8 everywhere"),

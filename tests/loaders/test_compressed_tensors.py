@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from quant_moelora.core.errors import FormatError, UnsupportedError
+from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
 from quant_moelora.loaders.canonical import CanonicalWeight
 from quant_moelora.loaders.codec import LinearSpec
 from quant_moelora.loaders.registry import find_codec
@@ -153,6 +153,64 @@ def test_act_order_of_old_configs(actorder: object) -> None:
     tensors = compressed_tensors(linear)
     weight = decode(tensors, linear, ct_config(actorder=actorder))
     assert weight.g_idx is not None
+    assert torch.equal(weight.dequantize(), linear.weight)
+
+
+@pytest.mark.parametrize("actorder", ["group", "dynamic", True])
+def test_act_order_without_g_idx_is_refused(actorder: object) -> None:
+    linear = random_linear(np.random.default_rng(0), 16, 128, act_order=True)
+    tensors = compressed_tensors(linear)
+    del tensors["weight_g_idx"]
+    with pytest.raises(MissingTensorError, match=rf"weight_g_idx of {MODULE}: got only .*config says actorder group"):
+        decode(tensors, linear, ct_config(actorder=actorder))
+
+
+@pytest.mark.parametrize("actorder", ["weight", "static", False, None])
+def test_other_act_orders_need_no_g_idx(actorder: object) -> None:
+    linear = random_linear(np.random.default_rng(0), 16, 128)
+    weight = decode(compressed_tensors(linear), linear, ct_config(actorder=actorder))
+    assert torch.equal(weight.dequantize(), linear.weight)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_auto_rounds_own_config(bits: int, symmetric: bool) -> None:
+    """Its packing `auto_round:llm_compressor` has these tensors, and no config group that tells a short last group."""
+    linear = random_linear(np.random.default_rng(0), 16, 160, bits=bits, group_size=64, symmetric=symmetric)
+    config = {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"}
+    own = {"bits": bits, "group_size": 64, "sym": symmetric}
+    tensors = compressed_tensors(linear)
+    assert torch.equal(decode(tensors, linear, {**config, **own}).dequantize(), linear.weight)
+    other = {"bits": 12 - bits, "group_size": 32, "sym": not symmetric, "extra_config": {MODULE: own}}
+    assert torch.equal(decode(tensors, linear, {**config, **other}).dequantize(), linear.weight)
+    with pytest.raises(FormatError, match=rf"{MODULE}: got {bits} from the tensors' shapes, expected {12 - bits}"):
+        decode(tensors, linear, {**config, **own, "bits": 12 - bits})
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"type": "float"}, "type float, strategy group, dynamic False"),
+        ({"dynamic": True}, "type int, strategy group, dynamic True"),
+        ({"strategy": "block", "block_structure": [16, 32], "group_size": None}, "type int, strategy block"),
+    ],
+)
+def test_weights_that_are_no_stored_integers(weights: dict[str, Any], message: str) -> None:
+    linear = random_linear(np.random.default_rng(0), 16, 128)
+    config = ct_config()
+    config["config_groups"]["group_0"]["weights"] |= weights
+    with pytest.raises(UnsupportedError, match=rf"weights of {MODULE}: got {message}.*expected type int"):
+        decode(compressed_tensors(linear), linear, config)
+
+
+def test_transformed_weights_are_refused() -> None:
+    """Hadamard transforms and the like: the model's activations would need the inverse."""
+    linear = random_linear(np.random.default_rng(0), 16, 128)
+    apply = [{"targets": ["Linear"], "location": "weight_input"}]
+    config = {**ct_config(), "transform_config": {"config_groups": {"u": {"type": "hadamard", "apply": apply}}}}
+    with pytest.raises(UnsupportedError, match=r"transform_config of the quantization_config: got .*hadamard"):
+        decode(compressed_tensors(linear), linear, config)
+    weight = decode(compressed_tensors(linear), linear, {**ct_config(), "transform_config": {}})  # as most files say
     assert torch.equal(weight.dequantize(), linear.weight)
 
 

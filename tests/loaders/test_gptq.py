@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from quant_moelora.core.errors import FormatError, QuantMoELoRAError, UnsupportedError
+from quant_moelora.core.errors import FormatError, MissingTensorError, QuantMoELoRAError, UnsupportedError
 from quant_moelora.loaders.canonical import CanonicalWeight
 from quant_moelora.loaders.codec import LinearSpec
 from quant_moelora.loaders.gptq import GPTQ
@@ -126,8 +126,20 @@ def test_stacked_experts_decode_as_each_alone() -> None:
 )
 def test_version_is_in_checkpoint_format_or_format(config: dict[str, Any]) -> None:
     linear = random_linear(np.random.default_rng(0), 16, 32, symmetric=False)
-    weight = decode(gptq_v2(linear), linear, quantization_config("gptq", linear, **config))
-    assert torch.equal(weight.dequantize(), linear.weight)
+    tensors, config = gptq_v2(linear), quantization_config("gptq", linear, **config)
+    assert torch.equal(decode(tensors, linear, config).dequantize(), linear.weight)
+    warning = GPTQ().describe(LinearSpec(MODULE, 16, 32), headers_of(tensors), config).warning
+    both = config["checkpoint_format"] is not None
+    assert warning == (
+        "the config says checkpoint_format gptq_v2 and format gptq: it is read as gptq_v2" * both or None
+    )
+
+
+def test_versions_that_agree_give_no_warning() -> None:
+    """As gptqmodel 7 writes them."""
+    linear = random_linear(np.random.default_rng(0), 16, 32)
+    config = quantization_config("gptq", linear, format="gptq")
+    assert GPTQ().describe(LinearSpec(MODULE, 16, 32), headers_of(gptq_v1(linear)), config).warning is None
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -153,6 +165,26 @@ def test_without_g_idx_groups_are_in_order() -> None:  # auto-round writes none
     assert torch.equal(weight.dequantize(), linear.weight)
 
 
+@pytest.mark.parametrize("act_order", [True, False])
+def test_act_order_without_g_idx_is_refused(act_order: bool) -> None:
+    """The config says that the file lacks something, whatever the groups were."""
+    linear = random_linear(np.random.default_rng(0), 16, 64, act_order=act_order)
+    tensors, config = gptq_v1(linear), quantization_config("gptq", linear, desc_act=True)
+    assert torch.equal(decode(tensors, linear, config).dequantize(), linear.weight)
+    del tensors["g_idx"]
+    with pytest.raises(MissingTensorError, match=rf"g_idx of {MODULE}: got only qweight, .*config says desc_act"):
+        decode(tensors, linear, config)
+
+
+@pytest.mark.parametrize(("k", "group_size"), [(64, None), (96, 128)])
+def test_act_order_of_one_group_needs_no_g_idx(k: int, group_size: int | None) -> None:
+    linear = random_linear(np.random.default_rng(0), 16, k, group_size=group_size)
+    tensors = gptq_v1(linear)
+    del tensors["g_idx"]
+    weight = decode(tensors, linear, quantization_config("gptq", linear, desc_act=True))
+    assert torch.equal(weight.dequantize(), linear.weight)
+
+
 @pytest.mark.parametrize(
     ("packing_format", "version"),
     [("auto_round:auto_gptq", "gptq"), ("auto_round", "gptq_v2"), ("auto_round:gptqmodel", "gptq_v2")],
@@ -164,6 +196,14 @@ def test_packings_of_auto_round(packing_format: str, version: str) -> None:
     del tensors["g_idx"]
     config = {"quant_method": "auto-round", "packing_format": packing_format, "bits": 4, "group_size": 32, "sym": False}
     assert torch.equal(decode(tensors, linear, config).dequantize(), linear.weight)
+
+
+def test_a_packing_of_auto_round_that_is_not_known() -> None:
+    """Whether it subtracts one from zero points is not known either."""
+    linear = random_linear(np.random.default_rng(0), 16, 64)
+    config = quantization_config("gptq", linear, checkpoint_format=None, packing_format="auto_round:marlin")
+    with pytest.raises(UnsupportedError, match=r"checkpoint_format of .*up_proj: got auto_round:marlin, expected gptq"):
+        decode(gptq_v1(linear), linear, config)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -194,6 +234,10 @@ def test_asymmetric_file_declared_symmetric_is_refused() -> None:
         ({"bits": 3}, FormatError, "bits of .*up_proj: got 4 from the tensors' shapes, expected 3"),
         ({"group_size": 64}, FormatError, r"scales: got shape \[4, 16\], expected \[2, 16\].*group_size 64"),
         ({"group_size": -1}, FormatError, r"scales: got shape \[4, 16\], expected \[1, 16\]"),
+        ({"group_size": "32"}, FormatError, "group_size .*: got '32', expected a whole number"),
+        ({"is_marlin_format": True}, UnsupportedError, "quantization_config of .*up_proj: got is_marlin_format True"),
+        ({"rotation": "hadamard"}, UnsupportedError, "quantization_config of .*up_proj: got rotation hadamard"),
+        ({"adapter": {"rank": 8}}, UnsupportedError, "quantization_config of .*up_proj: got adapter {'rank': 8}"),
     ],
 )
 def test_config_against_tensors(changes: dict[str, Any], error: type[QuantMoELoRAError], message: str) -> None:

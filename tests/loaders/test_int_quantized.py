@@ -123,7 +123,7 @@ def test_the_name_of_the_format_does_not_matter(fmt: str) -> None:
     [
         ({"symmetric": False}, FormatError, "symmetric of .*up_proj: got True from the tensors' shapes, expected Fal"),
         ({"group_size": 64}, FormatError, r"weight_scale: got shape \[16, 4\], expected \[16, 2\].*group_size 64"),
-        ({"num_bits": 4}, UnsupportedError, "weights of .*up_proj: got num_bits 4, strategy group, not packed, expect"),
+        ({"num_bits": 4}, UnsupportedError, "weights of .*up_proj: got num_bits 4, not packed, expected num_bits 8"),
     ],
 )
 def test_config_against_tensors(weights: dict[str, Any], error: type[QuantMoELoRAError], message: str) -> None:

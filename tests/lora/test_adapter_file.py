@@ -211,6 +211,20 @@ def test_scaling_of_rslora(tmp_path: Path, fused: bool) -> None:
     assert adapter.linears["model.layers.1.self_attn.q_proj"].scaling == 6 / math.sqrt(4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fused", [True, False])
+def test_factors_of_16_bits_are_kept(tmp_path: Path, dtype: torch.dtype, fused: bool) -> None:
+    tensors = fused_lora(DIMS) if fused else expert_lora(DIMS, NAMES)
+    tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    config = {"target_parameters": FUSED} if fused else {}
+    factors = load_adapter(write_adapter(tmp_path / "a", tensors, **config), DIMS.specs()).layers[0]
+    assert {tensor.dtype for factor in factors.values() for tensor in (factor.a, factor.b)} == {dtype}
+    if fused:
+        check_fused(factors, *pair(tensors, EXPERTS), DIMS, down=True)
+    else:
+        assert torch.equal(factors[2, "up"].b, tensors[f"{EXPERTS}.2.up_proj.lora_B.weight"])
+
+
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
 def test_what_only_training_looks_at_is_accepted(tmp_path: Path, init: bool | str) -> None:
     folder = write_adapter(tmp_path / "a", expert_lora(DIMS, NAMES), lora_dropout=0.1, init_lora_weights=init)
@@ -277,6 +291,33 @@ WRONG: dict[str, tuple[Tensors, str]] = {
     "fused of other experts": (misshapen(EXPERTS, (16, 5), (8, 16)), r"down_proj in .*A \[16, 5\].*A \[3\*r, 5\]"),
     "fused of two ranks": (misshapen(EXPERTS, (12, 5), (8, 6)), r"down_proj in .*B \[8, 6\]"),
     "fused of no rank": (misshapen(EXPERTS, (2, 5), (8, 2)), r"down_proj in .*A \[2, 5\]"),
+    "no rank": (linear_lora(f"{EXPERTS}.1.up_proj", 5, 8, rank=0), r"1\.up_proj\.lora_A.* got torch.float32 \[0, 8\]"),
+    "no matrix": (
+        {f"{EXPERTS}.1.up_proj.lora_{name}.weight": torch.ones(()) for name in "AB"},
+        r"1\.up_proj\.lora_A.* got torch.float32 \[\], expected a matrix",
+    ),
+    "fused of three dimensions": (
+        {f"{EXPERTS}.lora_A.weight": torch.ones(12, 5, 1), f"{EXPERTS}.lora_B.weight": torch.ones(8, 12, 1)},
+        r"experts\.lora_A.* got torch.float32 \[12, 5, 1\]",
+    ),
+    "integers": (
+        {key: tensor.int() for key, tensor in linear_lora(f"{EXPERTS}.1.up_proj", 5, 8).items()},
+        r"1\.up_proj\.lora_A.* got torch.int32 \[4, 8\], expected .*float",
+    ),
+    "float8": (
+        {key: tensor.to(torch.float8_e4m3fn) for key, tensor in linear_lora(f"{EXPERTS}.1.up_proj", 5, 8).items()},
+        r"1\.up_proj\.lora_A.* got torch.float8_e4m3fn \[4, 8\]",
+    ),
+    **{
+        f"{value} in {factor} of {module}": (
+            {key: t * value if f"lora_{factor}" in key else t for key, t in linear_lora(name, n, 8).items()},
+            rf"{module}\.lora_{factor}.* got values that are not finite",
+        )
+        for value, factor, module, name, n in (
+            (math.nan, "A", "up_proj", f"{EXPERTS}.1.up_proj", 5),
+            (math.inf, "B", "q_proj", "model.layers.0.self_attn.q_proj", 16),
+        )
+    },
 }
 
 
