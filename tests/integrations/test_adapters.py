@@ -16,7 +16,7 @@ from torch import Tensor
 from quant_moelora.integrations.adapters import attach_adapters
 from quant_moelora.integrations.parity import dense_twin
 from quant_moelora.integrations.session import BASE_NAME
-from tests.adapters import PREFIX, expert_lora, fused_lora, write_adapter
+from tests.adapters import PREFIX, attention_lora, expert_lora, fused_lora, write_adapter
 from tests.integrations.models import (
     ACCEPTED,
     ACT_ORDER,
@@ -322,6 +322,27 @@ def test_a_second_call_adds_to_the_first(tmp_path: Path, adapters: dict[str, Pat
     attach_adapters(other, {"two": adapters["attention"]})
     assert difference(two, logits(other, ids, ["two"] * 3)) < ROUNDING
     assert list(inspect.signature(model.forward).parameters).count("adapter_names") == 1
+
+
+@pytest.mark.parametrize("form", ["fused", "per expert"])
+def test_factors_in_bfloat16_are_their_values(tmp_path: Path, form: str) -> None:
+    """An adapter saved in bfloat16, on experts and on attention, and its values in float32."""
+    tensors = fused_lora(QWEN) if form == "fused" else expert_lora(QWEN, PROJECTIONS)
+    narrow = {key: tensor.bfloat16() for key, tensor in tensors.items()}
+    config = {"target_parameters": FUSED} if form == "fused" else {}
+    attention = attention_lora({"q_proj": (128, 128)})
+    narrow |= {key: tensor.bfloat16() for key, tensor in attention.items()}
+    folders = {
+        "narrow": write_adapter(tmp_path / "narrow", narrow, **config),
+        "wide": write_adapter(tmp_path / "wide", {k: t.float() for k, t in narrow.items()}, **config),
+        "unrounded": write_adapter(tmp_path / "unrounded", tensors | attention, **config),
+    }
+    model, ids = load("demo"), random_ids(3, 11)
+    attach_adapters(model, folders)
+    got = {name: logits(model, ids, [name] * 3) for name in folders}
+    assert torch.equal(got["narrow"], got["wide"])
+    # Each factor was rounded by 2**-9 at most.
+    assert ROUNDING < difference(got["narrow"], got["unrounded"]) < 2**-9 * 60**0.5
 
 
 def test_two_adapters_on_attention(tmp_path: Path) -> None:

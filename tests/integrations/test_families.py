@@ -171,16 +171,20 @@ def test_all_but_the_experts_is_as_transformers_loads_it(tmp_path: Path, model_t
         assert torch.equal(tensor, plain[name]), name
 
 
+def plain_logits(folder: Path, meant: Tensors) -> Tensor:
+    """What plain transformers makes of a checkpoint with these weights."""
+    from transformers import AutoModelForCausalLM
+
+    save_file(meant, folder / "model.safetensors", {"format": "pt"})
+    return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), IDS)
+
+
 @pytest.mark.parametrize("model_type", SEPARATE)
 def test_gptq(tmp_path: Path, model_type: str) -> None:
     """Held to plain transformers with the dequantised weights, in the checkpoint and in the loaded model."""
-    from transformers import AutoModelForCausalLM
-
     folder, original = saved(tmp_path, model_type)
     packed, meant, config = quantise_experts(folder)
-    save_file(meant, folder / "model.safetensors", {"format": "pt"})
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    expected = logits(plain, IDS)
+    expected = plain_logits(folder, meant)
     assert difference(expected, logits(original, IDS)) > EFFECT, "the experts count"
 
     held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -189,6 +193,46 @@ def test_gptq(tmp_path: Path, model_type: str) -> None:
     assert {m.moe.info.scheme_name for m in experts_of(model).values() if m.moe} == {"w4a16_g32_sym"}
     assert difference(logits(model, IDS), expected) < HONEST
     assert relative_rms(model, dense_twin(model), IDS) < HONEST
+
+
+def beside(prefixes: tuple[str, ...]) -> Tensors:
+    """Quantised and plain tensors of modules that the causal language model does not have."""
+    linear = quantise(torch.randn(HIDDEN, HIDDEN))
+    modules = [f"{prefix}.{name}" for prefix in prefixes for name in ("attn.qkv", "mlp.experts.0.up_proj")]
+    quantised = {f"{module}.{s}": t for module in modules for s, t in gptq_v2(linear).items()}
+    return quantised | {f"{prefix}.norm.weight": torch.zeros(3) for prefix in prefixes}
+
+
+def moved(key: str) -> str:
+    """A key of the text model in a multimodal one."""
+    return key.replace("model.", "model.language_model.", 1) if key.startswith("model.") else key
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_gptq_inside_a_multimodal_model(tmp_path: Path, whole: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Qwen3.5 as it is published: a prefix, dynamic rules, mtp and visual beside; whole: with a multimodal config."""
+    folder, _ = saved(tmp_path, "qwen3_5_moe_text")
+    packed, meant, config = quantise_experts(folder)
+    expected = plain_logits(folder, meant)
+    packed = {moved(key): tensor for key, tensor in packed.items()}
+    packed |= beside(("mtp.layers.0", "model.visual.blocks.0"))
+    rules = ("-:.*attn.*", "-:.*shared_expert.*", "-:.*mtp.*", "-:.*visual.*")
+    config["dynamic"] = {"lm_head": {}, "model.language_model.embed_tokens": {}} | {rule: {} for rule in rules}
+    text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_checkpoint(folder, packed, {"model_type": "qwen3_5_moe", "text_config": text} if whole else text, config)
+    assert difference(logits(load(folder), IDS), expected) < HONEST
+    assert "experts" not in caplog.text
+
+
+def test_gptq_of_deepseek_with_its_extra_layer(tmp_path: Path) -> None:
+    """Layer 61 predicts further tokens, and transformers leaves it out."""
+    folder, _ = saved(tmp_path, "deepseek_v3")
+    packed, _, config = quantise_experts(folder)
+    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_checkpoint(folder, packed, held, config)
+    expected = logits(load(folder), IDS)
+    write_checkpoint(folder, packed | beside(("model.layers.61",)), held, config)
+    assert torch.equal(logits(load(folder), IDS), expected)
 
 
 # Fused experts: granitemoe's checkpoints have them under names of their own, the others under the model's.

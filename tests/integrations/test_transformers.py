@@ -19,7 +19,10 @@ from quant_moelora.core.errors import (
     QuantMoELoRAError,
     UnsupportedError,
 )
+from quant_moelora.core.packing import unpack_pairs
+from quant_moelora.core.weights import PackedWeight
 from quant_moelora.integrations.transformers import FusedExperts, experts_of, from_pretrained
+from quant_moelora.loaders.experts import load_experts
 from tests.adapters import Tensors
 from tests.checkpoints import ct_config, int_quantized, random_linear
 from tests.integrations.models import (
@@ -85,6 +88,20 @@ def test_bfloat16(name: str, device: torch.device) -> None:
     got = logits(model, ids)
     assert got.dtype == torch.bfloat16
     assert difference(got, expected) < BF16_NOISE
+
+
+@pytest.mark.parametrize("name", ["demo", "gptq-mixtral-int4-g32-descact", AWQ])
+def test_scales_of_another_dtype_than_the_models_are_kept(name: str) -> None:
+    """float16 scales in a bfloat16 model: a cast would lose three bits of each."""
+    model = load(name, dtype=torch.bfloat16)
+    for module in experts_of(model).values():
+        assert module.moe is not None
+        stored, held = load_experts(folder_of(name), module.spec.layer).w2, module.moe.info.w2
+        assert isinstance(held, PackedWeight) and isinstance(stored, PackedWeight)
+        assert held.scheme.scale_dtype == torch.float16
+        assert torch.equal(held.scales, stored.scales)
+        scales = unpack_pairs(held.scales, torch.float16)
+        assert (scales != scales.bfloat16()).any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "auto", torch.float16])

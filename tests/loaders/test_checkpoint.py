@@ -148,6 +148,15 @@ def test_truncated_file(tmp_path: Path, tensors: dict[str, Tensor], left: int) -
         Checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("left", [-5, 0])
+def test_truncated_shard(tmp_path: Path, tensors: dict[str, Tensor], left: int) -> None:
+    """The error names the one that is damaged."""
+    file = write_checkpoint(tmp_path, tensors, shard=lambda key: int(key[2]) % 2) / "model-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(FormatError, match=r"weights file model-00001\.safetensors in .*expected a whole safetensors"):
+        Checkpoint(tmp_path)
+
+
 def test_no_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
