@@ -29,15 +29,35 @@ def scheme(bits: int = 4, group_size: int | None = 32, symmetric: bool = True, b
 
 
 @dataclass(frozen=True)
+class BuiltDense:
+    """An unquantised weight and its meaning."""
+
+    weight: DenseWeight
+    value: Tensor  # (E, halves, n, k) float64, columns in the order of x
+    bias: Tensor  # (E, halves, n) float64, 0 without one
+
+
+@dataclass(frozen=True)
 class BuiltWeight:
-    """A packed weight and what went into it."""
+    """A packed weight, its meaning and what went into it."""
 
     weight: PackedWeight
+    value: Tensor  # (E, halves, n, k) float64, columns in the order of x
+    bias: Tensor  # (E, halves, n) float64, 0 without one
     codes: Tensor  # (E, halves, n_pad, k_pad) uint8, as stored
     scales: Tensor  # (E, halves, n_pad, groups) scale dtype
     zeros: Tensor  # (E, halves, n_pad, groups) int16; the symmetric zero where there are none
-    value: Tensor  # (E, halves, n, k) float64, columns in the order of x
-    bias: Tensor  # (E, halves, n) float64, 0 without one
+
+
+def _dims(
+    experts: int, halves: int, n: int, n_pad: int, k: int, k_pad: int, bias: bool
+) -> tuple[dict[str, Any], Tensor]:
+    """What any weight is made of besides its values, and its bias (E, halves, n) float64: random, or 0."""
+    padded = torch.zeros(experts, halves, n_pad)
+    if bias:
+        padded[..., :n] = torch.randn(experts, halves, n)
+    dims: dict[str, Any] = {"num_experts": experts, "halves": halves, "n": n, "n_pad": n_pad, "k": k, "k_pad": k_pad}
+    return {**dims, "bias": padded.flatten(1) if bias else None}, padded[..., :n].double()
 
 
 def packed(
@@ -71,17 +91,9 @@ def packed(
     if act_order:
         order = torch.stack([torch.randperm(k) for _ in range(experts * halves)]).view(experts, halves, k)
         k_perm = F.pad(order, (0, k_pad - k), value=-1).to(torch.int32)
-    values = torch.zeros(experts, halves, n_pad)
-    if bias:
-        values[..., :n] = torch.randn(experts, halves, n)
+    dims, biases = _dims(experts, halves, n, n_pad, k, k_pad, bias)
     weight = PackedWeight(
-        num_experts=experts,
-        halves=halves,
-        n=n,
-        n_pad=n_pad,
-        k=k,
-        k_pad=k_pad,
-        bias=values.flatten(1) if bias else None,
+        **dims,
         scheme=scheme,
         qweight=packing.pack_codes(codes.flatten(1, 2), scheme.bits),
         scales=packing.pack_pairs(scales.flatten(1, 2)),
@@ -96,16 +108,7 @@ def packed(
         for expert in range(experts):
             for half in range(halves):
                 value[expert, half][:, k_perm[expert, half, :k].long()] = stored[expert, half]
-    return BuiltWeight(weight, codes, scales, zeros, value, values[..., :n].double())
-
-
-@dataclass(frozen=True)
-class BuiltDense:
-    """An unquantised weight and its meaning."""
-
-    weight: DenseWeight
-    value: Tensor  # (E, halves, n, k) float64
-    bias: Tensor  # (E, halves, n) float64
+    return BuiltWeight(weight, value, biases, codes, scales, zeros)
 
 
 def dense(
@@ -123,20 +126,8 @@ def dense(
     n_pad, k_pad = n_pad or n, k_pad or k
     w = torch.zeros(experts, halves, n_pad, k_pad, dtype=dtype)
     w[:, :, :n, :k] = (torch.randn(experts, halves, n, k) / math.sqrt(k)).to(dtype)
-    values = torch.zeros(experts, halves, n_pad)
-    if bias:
-        values[..., :n] = torch.randn(experts, halves, n)
-    weight = DenseWeight(
-        num_experts=experts,
-        halves=halves,
-        n=n,
-        n_pad=n_pad,
-        k=k,
-        k_pad=k_pad,
-        bias=values.flatten(1) if bias else None,
-        w=w.flatten(1, 2),
-    )
-    return BuiltDense(weight, w[:, :, :n, :k].double(), values[..., :n].double())
+    dims, biases = _dims(experts, halves, n, n_pad, k, k_pad, bias)
+    return BuiltDense(DenseWeight(**dims, w=w.flatten(1, 2)), w[:, :, :n, :k].double(), biases)
 
 
 @dataclass(frozen=True)
