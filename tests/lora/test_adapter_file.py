@@ -101,8 +101,12 @@ def test_swapped_roles_are_seen_by_shape(tmp_path: Path, version: str | None) ->
     check_swapped(load_adapter(folder, DIMS.specs()).layers[0], tensors, DIMS)
 
 
-def check_swapped(factors: LayerFactors, tensors: Tensors, dims: Dims) -> None:
-    places: tuple[tuple[str, tuple[Projection, ...]], ...] = ((".base_layer", ("gate", "up")), ("", ("down",)))
+Places = tuple[tuple[str, tuple[Projection, ...]], ...]  # inner name and projections of each targeted parameter
+BOTH: Places = ((".base_layer", ("gate", "up")), ("", ("down",)))
+
+
+def check_swapped(factors: LayerFactors, tensors: Tensors, dims: Dims, places: Places = BOTH) -> None:
+    assert {p for _, p in factors} == {p for _, projections in places for p in projections}
     for inner, projections in places:
         a, b = pair(tensors, EXPERTS + inner)
         for expert in range(dims.experts):
@@ -112,6 +116,17 @@ def check_swapped(factors: LayerFactors, tensors: Tensors, dims: Dims) -> None:
             parts = whole.split(dims.inter) if len(projections) == 2 else (whole,)
             for projection, part in zip(projections, parts, strict=True):
                 torch.testing.assert_close(delta(factors[expert, projection]), part)
+
+
+@pytest.mark.parametrize("projections", [("gate", "up"), ("down",)], ids=" ".join)
+@pytest.mark.parametrize("dims", [DIMS, SQUARE, Dims(experts=3, hidden=8, inter=8)], ids=["none", "gate_up", "down"])
+def test_one_targeted_parameter_of_an_old_peft(tmp_path: Path, projections: tuple[Projection, ...], dims: Dims) -> None:
+    """Neither a name nor, where the parameter is square, a shape says what the tensors are."""
+    parameter = "down" if projections == ("down",) else "gate_up"
+    tensors = fused_lora(dims, [parameter], rank=RANK, swapped=True)
+    targets = [f"mlp.experts.{parameter}_proj"]
+    folder = write_adapter(tmp_path / "a", tensors, target_parameters=targets, peft_version="0.17.1")
+    check_swapped(load_adapter(folder, dims.specs()).layers[0], tensors, dims, (("", projections),))
 
 
 @pytest.mark.parametrize("version", ["0.17.0", "0.18.1", "0.19.0"])
