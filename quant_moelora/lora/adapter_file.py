@@ -159,7 +159,7 @@ def _pairs(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str, T
         AdapterError: a tensor that is neither, or one without the other.
     """
     pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):  # a file has no order of its own, and errors name the first
         match = _SUFFIX.fullmatch(key.removeprefix(PREFIX))
         if match is None:
             raise _unknown(folder, key, "not a lora_A or lora_B weight")
