@@ -166,8 +166,8 @@ class QuantMoELoRAQuantizer(HfQuantizer):
             shapes={name: parameter.shape for name, parameter in model.named_parameters()},
         )
         for spec in specs:
-            model.set_submodule(spec.module, FusedExperts(spec, self.session))
-        missing = {rf"^{re.escape(linear.spec.module)}\.weight$" for linear in self.load.linears}
+            _place(model, spec, FusedExperts(spec, self.session))
+        missing = {rf"^{re.escape(linear.module)}\.weight$" for linear in self.load.linears}
         _ignore_keys(model, "missing", missing)
         _ignore_keys(model, "unexpected", {_EXPERT_KEYS, _QUANTIZED_KEYS})
         return model
@@ -206,7 +206,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
             experts.moe = MoEExperts(load_layer(load.checkpoint, layer, device), backend)
         with torch.no_grad():
             for linear in load.linears:
-                weight = model.get_submodule(linear.spec.module).get_parameter("weight")
+                weight = model.get_submodule(linear.module).get_parameter("weight")
                 weight.copy_(linear.dequantize(load.checkpoint, weight.device))
         if load.linears:
             logger.info("%d quantised linear layers beside the experts were dequantised", len(load.linears))
@@ -273,6 +273,15 @@ def from_pretrained(
 def experts_of(model: nn.Module) -> dict[str, FusedExperts]:
     """The experts modules of a loaded model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedExperts)}
+
+
+def _place(model: PreTrainedModel, spec: ExpertsSpec, experts: FusedExperts) -> None:
+    """Put experts where the family's module stands; a block that would not tell them the routing is replaced too."""
+    model.set_submodule(spec.module, experts)
+    if spec.router_weight == "input":
+        from quant_moelora.integrations.llama4 import route_in_block
+
+        route_in_block(model, spec.module.rpartition(".")[0])
 
 
 def _ignore_keys(model: PreTrainedModel, kind: str, patterns: set[str]) -> None:

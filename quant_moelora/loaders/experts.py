@@ -63,7 +63,8 @@ def load_layer(checkpoint: Checkpoint, layer: LayerFormat, device: torch.device 
             torch.stack([_read_bias(checkpoint, layer, p, device) for p in projections], dim=1)
             for projections in (halves, down)
         ]
-    return replace(build_info(w13, w2, layer.spec.activation, *biases), source_order=layer.source_order)
+    info = build_info(w13, w2, layer.spec.activation, *biases)
+    return replace(info, source_order=layer.source_order, router_weight=layer.spec.router_weight)
 
 
 def _read_bias(

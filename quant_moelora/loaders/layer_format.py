@@ -64,7 +64,7 @@ class LayerFormat:
         shapes = ((spec.num_experts, halves, inter), (spec.num_experts, 1, hidden))
         biases = [torch.empty(shape, dtype=torch.float32, device="meta") for shape in shapes]
         info = build_info(w13, w2, spec.activation, *(biases if spec.has_bias else ()))
-        return replace(info, source_order=self.source_order)
+        return replace(info, source_order=self.source_order, router_weight=spec.router_weight)
 
     @property
     def source_order(self) -> SourceOrder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,26 @@ from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
 from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader
 from quant_moelora.loaders.codec import Codec, LinearFormat, LinearSpec
 from quant_moelora.loaders.expert_keys import parse_expert_module
+from quant_moelora.loaders.names import model_names
 from quant_moelora.loaders.registry import QUANTIZED_SUFFIXES, describe_linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A quantised linear layer of a checkpoint: nothing of its data has been read."""
+    """A quantised linear layer of a checkpoint: nothing of its data has been read.
 
+    Attributes:
+        module: its name in the model.
+        spec: its name in the checkpoint and its dimensions.
+        codec: the codec of its format.
+        fmt: its format.
+        headers: its tensors by suffix.
+    """
+
+    module: str
     spec: LinearSpec
     codec: Codec
     fmt: LinearFormat
@@ -34,14 +48,14 @@ class QuantizedLinear:
         return (weight.dequantize() if isinstance(weight, CanonicalWeight) else weight.to(torch.float32))[0]
 
 
-def describe_linears(checkpoint: Checkpoint, model: nn.Module) -> list[QuantizedLinear]:
+def describe_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> list[QuantizedLinear]:
     """Every quantised module of a checkpoint that belongs to the model and is no routed expert.
 
     Raises:
         UnsupportedError: such a module is no plain linear layer of the model.
         FormatError: its tensors contradict the model's dimensions or the config.
     """
-    modules = dict(model.named_modules())
+    modules, name_of = dict(model.named_modules()), model_names(model)
     # Patterns of what a checkpoint holds beside the model, such as layers for multi-token prediction.
     beside: Iterable[str] = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     found: list[QuantizedLinear] = []
@@ -50,7 +64,9 @@ def describe_linears(checkpoint: Checkpoint, model: nn.Module) -> list[Quantized
             continue
         if any(re.search(pattern, f"{name}.weight") for pattern in beside):
             continue
-        module = modules.get(name)
+        key, converted = name_of(f"{name}.weight")
+        own_name = key.removesuffix(".weight")
+        module = None if converted else modules.get(own_name)
         if not isinstance(module, nn.Linear):
             raise UnsupportedError(
                 f"quantised module {name}",
@@ -60,7 +76,7 @@ def describe_linears(checkpoint: Checkpoint, model: nn.Module) -> list[Quantized
             )
         spec = LinearSpec(name, module.out_features, module.in_features)
         own = {suffix: header for suffix, header in headers.items() if suffix != "bias"}
-        found.append(QuantizedLinear(spec, *describe_linear(checkpoint, spec, own), own))
+        found.append(QuantizedLinear(own_name, spec, *describe_linear(checkpoint, spec, own), own))
     return found
 
 

@@ -80,9 +80,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_k": 2, "moe_num_shared_experts": 1},
     "granitemoe": {},
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 0.5},
+    "llama4_text": {"num_hidden_layers": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 128},
 }
 # Those whose checkpoints have one tensor for each expert and projection.
-SEPARATE = [name for name in FAMILIES if name not in ("granitemoe", "gpt_oss")]
+SEPARATE = [name for name in FAMILIES if name not in ("granitemoe", "gpt_oss", "llama4_text")]
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
 

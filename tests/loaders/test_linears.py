@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from quant_moelora.core.errors import FormatError, UnsupportedError
 from quant_moelora.loaders.checkpoint import Checkpoint
@@ -30,11 +31,11 @@ CPU = torch.device("cpu")
 ATTENTION = "model.layers.0.self_attn"
 
 
-def model(**shapes: tuple[int, int]) -> nn.Module:
+def model(**shapes: tuple[int, int]) -> PreTrainedModel:
     """Linear layers of ``out, in`` on the meta device by name, where underscores stand for dots."""
-    root = nn.Module()
+    root = PreTrainedModel(PreTrainedConfig())
     for name, (n, k) in shapes.items():
-        parent = root
+        parent: nn.Module = root
         *path, last = name.split("__")
         for part in path:
             if not hasattr(parent, part):
