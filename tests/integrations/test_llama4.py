@@ -22,7 +22,10 @@ from quant_moelora.integrations.session import BASE_NAME
 from quant_moelora.integrations.transformers import experts_of
 from quant_moelora.integrations.verify import verify
 from quant_moelora.layer import MoEExperts
+from quant_moelora.loaders.checkpoint import Checkpoint
 from quant_moelora.loaders.experts import load_experts
+from quant_moelora.loaders.families import build_skeleton, find_experts
+from quant_moelora.loaders.layer_format import describe_layers
 from tests.adapters import Dims, Tensors, expert_lora, linear_lora, write_adapter
 from tests.checkpoints import ENCODERS, PLAIN_ORDER, Linear, quantization_config, write_checkpoint
 from tests.integrations.models import EFFECT, HONEST, PROJECTIONS, ROUNDING, difference, generate, load, logits
@@ -123,6 +126,9 @@ def test_one_layer(tmp_path: Path) -> None:
     folder, original = saved(tmp_path, MODEL_TYPE)
     info = load_experts(folder, 3)
     assert (info.router_weight, info.source_order) == ("input", "concatenated")
+    checkpoint = Checkpoint(folder)
+    (layer,) = describe_layers(checkpoint, find_experts(build_skeleton(checkpoint))[1:])
+    assert (layer.spec.layer, layer.meta_info().router_weight) == (3, "input")
     for got, name in zip(info.dequantize(), ("gate_proj", "up_proj", "down_proj"), strict=True):
         assert got is not None
         assert all(torch.equal(got[expert], slices(original, 3, expert)[name]) for expert in range(EXPERTS))

@@ -1,5 +1,6 @@
 """Quantised linear layers beside the experts."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,40 @@ def test_module_that_the_model_does_not_have(tmp_path: Path) -> None:
     checkpoint = Checkpoint(write_checkpoint(tmp_path, encode("gptq", {"model.extra": linear})))
     with pytest.raises(UnsupportedError, match=r"quantised module model\.extra: got nothing of that name in the model"):
         describe_linears(checkpoint, model(a=(8, 64)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "prefix"), [("llama4", "language_model.model."), ("qwen3_5_moe", "model.language_model.")]
+)
+def test_names_of_a_multimodal_checkpoint(tmp_path: Path, model_type: str, prefix: str) -> None:
+    """Found in the language model that AutoModelForCausalLM makes of it; the config speaks of the checkpoint's name."""
+    linear = random_linear(np.random.default_rng(0), 64, 64)
+    text = qwen3_config(4, 64, 32, layers=4, model_type=f"{model_type}_text", num_local_experts=4)
+    quantization = quantization_config(
+        "gptq", linear, bits=8, dynamic={rf"{re.escape(prefix)}layers\.3\.": {"bits": 4}}
+    )
+    tensors = encode("gptq", {f"{prefix}layers.3.self_attn.o_proj": linear})
+    config = {"model_type": model_type, "text_config": text}
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, config, quantization))
+    (found,) = describe_linears(checkpoint, build_skeleton(checkpoint))
+    assert (found.module, found.spec.module) == (
+        "model.layers.3.self_attn.o_proj",
+        f"{prefix}layers.3.self_attn.o_proj",
+    )
+    assert torch.equal(found.dequantize(checkpoint, CPU), linear.weight)
+
+
+def test_module_that_transformers_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a module of the model must not be taken for the whole of it."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Concatenate, WeightConverter
+
+    converter = WeightConverter(["b.weight", "c.weight"], "a.weight", operations=[Concatenate(dim=0)])
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: [converter])
+    linear = random_linear(np.random.default_rng(0), 16, 64)
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, encode("compressed-tensors", {"b": linear})))
+    with pytest.raises(UnsupportedError, match=r"quantised module b: got nothing of that name in the model"):
+        describe_linears(checkpoint, model(a=(16, 64)))
 
 
 @pytest.mark.parametrize(
