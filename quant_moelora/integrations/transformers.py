@@ -92,14 +92,14 @@ class _Load:
         checkpoint: the files.
         layers: the layers' experts.
         backends: name of each layer's backend.
-        linears: quantised linear layers beside the experts.
+        linears: quantised linear layers beside the experts, by name in the model.
         shapes: of the model's parameters.
     """
 
     checkpoint: Checkpoint
     layers: list[LayerFormat]
     backends: list[str]
-    linears: list[QuantizedLinear]
+    linears: dict[str, QuantizedLinear]
     shapes: dict[str, torch.Size]
 
     def check_shapes(self, model: PreTrainedModel) -> None:
@@ -167,7 +167,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         )
         for spec in specs:
             _place(model, spec, FusedExperts(spec, self.session))
-        missing = {rf"^{re.escape(linear.module)}\.weight$" for linear in self.load.linears}
+        missing = {rf"^{re.escape(name)}\.weight$" for name in self.load.linears}
         _ignore_keys(model, "missing", missing)
         _ignore_keys(model, "unexpected", {_EXPERT_KEYS, _QUANTIZED_KEYS})
         return model
@@ -205,8 +205,8 @@ class QuantMoELoRAQuantizer(HfQuantizer):
             device = next(block.parameters()).device  # the router stands beside the experts
             experts.moe = MoEExperts(load_layer(load.checkpoint, layer, device), backend)
         with torch.no_grad():
-            for linear in load.linears:
-                weight = model.get_submodule(linear.module).get_parameter("weight")
+            for name, linear in load.linears.items():
+                weight = model.get_submodule(name).get_parameter("weight")
                 weight.copy_(linear.dequantize(load.checkpoint, weight.device))
         if load.linears:
             logger.info("%d quantised linear layers beside the experts were dequantised", len(load.linears))

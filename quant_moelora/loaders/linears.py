@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from quant_moelora.core.errors import UnsupportedError
+from quant_moelora.core.errors import FormatError, UnsupportedError
 from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
 from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader
 from quant_moelora.loaders.codec import Codec, LinearFormat, LinearSpec
@@ -24,17 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A quantised linear layer of a checkpoint: nothing of its data has been read.
+    """A quantised linear layer of a checkpoint: nothing of its data has been read."""
 
-    Attributes:
-        module: its name in the model.
-        spec: its name in the checkpoint and its dimensions.
-        codec: the codec of its format.
-        fmt: its format.
-        headers: its tensors by suffix.
-    """
-
-    module: str
     spec: LinearSpec
     codec: Codec
     fmt: LinearFormat
@@ -48,17 +39,17 @@ class QuantizedLinear:
         return (weight.dequantize() if isinstance(weight, CanonicalWeight) else weight.to(torch.float32))[0]
 
 
-def describe_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> list[QuantizedLinear]:
-    """Every quantised module of a checkpoint that belongs to the model and is no routed expert.
+def describe_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, QuantizedLinear]:
+    """Every quantised module of a checkpoint that belongs to the model and is no routed expert, by name in the model.
 
     Raises:
         UnsupportedError: such a module is no plain linear layer of the model.
-        FormatError: its tensors contradict the model's dimensions or the config.
+        FormatError: its tensors contradict the model's dimensions or the config, or are there under two names.
     """
     modules, name_of = dict(model.named_modules()), model_names(model)
     # Patterns of what a checkpoint holds beside the model, such as layers for multi-token prediction.
     beside: Iterable[str] = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    found: list[QuantizedLinear] = []
+    found: dict[str, QuantizedLinear] = {}
     for name, headers in checkpoint.modules().items():
         if parse_expert_module(name) or not _is_quantized(headers):
             continue
@@ -74,9 +65,16 @@ def describe_linears(checkpoint: Checkpoint, model: PreTrainedModel) -> list[Qua
                 rule="a linear layer",
                 remedy="quantise the model without it",
             )
+        if own_name in found:
+            raise FormatError(
+                f"linear layer {own_name}",
+                got=f"{found[own_name].spec.module} and {name}",
+                rule="one set of tensors for it",
+                remedy="remove one of the two from the checkpoint",
+            )
         spec = LinearSpec(name, module.out_features, module.in_features)
         own = {suffix: header for suffix, header in headers.items() if suffix != "bias"}
-        found.append(QuantizedLinear(own_name, spec, *describe_linear(checkpoint, spec, own), own))
+        found[own_name] = QuantizedLinear(spec, *describe_linear(checkpoint, spec, own), own)
     return found
 
 

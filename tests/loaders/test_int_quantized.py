@@ -183,7 +183,7 @@ def test_quantised_activations_are_left_out_with_one_warning(
         skeleton = build_skeleton(checkpoint)
         with caplog.at_level(logging.WARNING, logger="quant_moelora"):
             formats = describe_layers(checkpoint, find_experts(skeleton))
-            (linear,) = describe_linears(checkpoint, skeleton)
+            (linear,) = describe_linears(checkpoint, skeleton).values()
         assert [r.name for r in caplog.records] == ["quant_moelora.loaders.checkpoint"] * count * activations
         assert all("activations stay unquantised" in r.getMessage() for r in caplog.records)
         assert torch.equal(linear.dequantize(checkpoint, torch.device("cpu")), query.weight)

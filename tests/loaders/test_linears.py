@@ -70,7 +70,7 @@ def test_described_and_dequantised(tmp_path: Path, fmt: str, symmetric: bool, ac
     config = qwen3_config(2, 64, 32, num_key_value_heads=1, attention_bias=True)
     quantization = quantization_config(fmt, linears[f"{ATTENTION}.q_proj"])
     checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, config, quantization))
-    found = {linear.spec.module: linear for linear in describe_linears(checkpoint, build_skeleton(checkpoint))}
+    found = describe_linears(checkpoint, build_skeleton(checkpoint))
     assert found.keys() == linears.keys()
     for name, linear in linears.items():
         assert (found[name].spec.n, found[name].spec.k) == linear.codes.shape
@@ -84,7 +84,7 @@ def test_each_layer_has_its_own_format(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     linears = {"a": random_linear(rng, 16, 64), "b": random_linear(rng, 24, 32, bits=8, group_size=None)}
     checkpoint = Checkpoint(write_checkpoint(tmp_path, encode("compressed-tensors", linears)))
-    found = {linear.spec.module: linear for linear in describe_linears(checkpoint, model(a=(16, 64), b=(24, 32)))}
+    found = describe_linears(checkpoint, model(a=(16, 64), b=(24, 32)))
     assert {name: linear.fmt.scheme and linear.fmt.scheme.name for name, linear in found.items()} == {
         "a": "w4a16_g32_sym",
         "b": "w8a16_channel_sym",
@@ -101,7 +101,7 @@ def test_shared_experts_and_lm_head_are_linears(tmp_path: Path) -> None:
     tensors, config = encode("gptq", linears), quantization_config("gptq", linears["lm_head"])
     checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, quantization=config))
     skeleton = model(model__layers__0__mlp__shared_expert__up_proj=(16, 32), lm_head=(64, 32))
-    assert {linear.spec.module for linear in describe_linears(checkpoint, skeleton)} == linears.keys()
+    assert describe_linears(checkpoint, skeleton).keys() == linears.keys()
 
 
 def test_router_is_no_linear(tmp_path: Path) -> None:
@@ -135,12 +135,13 @@ def test_names_of_a_multimodal_checkpoint(tmp_path: Path, model_type: str, prefi
     tensors = encode("gptq", {f"{prefix}layers.3.self_attn.o_proj": linear})
     config = {"model_type": model_type, "text_config": text}
     checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, config, quantization))
-    (found,) = describe_linears(checkpoint, build_skeleton(checkpoint))
-    assert (found.module, found.spec.module) == (
-        "model.layers.3.self_attn.o_proj",
-        f"{prefix}layers.3.self_attn.o_proj",
-    )
-    assert torch.equal(found.dequantize(checkpoint, CPU), linear.weight)
+    found = describe_linears(checkpoint, build_skeleton(checkpoint))
+    assert found.keys() == {"model.layers.3.self_attn.o_proj"}
+    assert torch.equal(found["model.layers.3.self_attn.o_proj"].dequantize(checkpoint, CPU), linear.weight)
+    tensors |= encode("gptq", {"model.layers.3.self_attn.o_proj": linear})
+    write_checkpoint(tmp_path, tensors, config, quantization_config("gptq", linear))
+    with pytest.raises(FormatError, match=r"linear layer model\.layers\.3.*one set of tensors for it"):
+        describe_linears(Checkpoint(tmp_path), build_skeleton(checkpoint))
 
 
 def test_module_that_transformers_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +167,7 @@ def test_modules_that_transformers_ignores_are_left_alone(tmp_path: Path, model_
     config = qwen3_config(4, 64, 32, model_type=model_type, n_routed_experts=4, n_group=1, topk_group=1)
     tensors = encode("gptq", {module: linear})
     checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, config, quantization_config("gptq", linear)))
-    assert describe_linears(checkpoint, build_skeleton(checkpoint)) == []
+    assert describe_linears(checkpoint, build_skeleton(checkpoint)) == {}
 
 
 def test_weight_that_is_no_float_is_refused_by_name(tmp_path: Path) -> None:
