@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quant_moelora.core.errors import FormatError, UnsupportedError
 from quant_moelora.loaders.checkpoint import Checkpoint
 from quant_moelora.loaders.families import build_skeleton
-from quant_moelora.loaders.linears import describe_linears
+from quant_moelora.loaders.linears import dequantize_linear, describe_linears
 from tests.checkpoints import (
     BITS,
     ENCODERS,
@@ -72,7 +72,7 @@ def test_described_and_dequantised(tmp_path: Path, fmt: str, symmetric: bool, ac
     assert found.keys() == linears.keys()
     for name, linear in linears.items():
         assert (found[name].spec.n, found[name].spec.k) == linear.codes.shape
-        weight = found[name].dequantize(checkpoint, CPU)
+        weight = dequantize_linear(checkpoint, found[name], CPU)
         assert weight.dtype == torch.float32
         assert torch.equal(weight, linear.weight)
 
@@ -87,7 +87,7 @@ def test_each_layer_has_its_own_format(tmp_path: Path) -> None:
         "a": "w4a16_g32_sym",
         "b": "w8a16_channel_sym",
     }
-    assert all(torch.equal(found[name].dequantize(checkpoint, CPU), linears[name].weight) for name in linears)
+    assert all(torch.equal(dequantize_linear(checkpoint, found[name], CPU), linears[name].weight) for name in linears)
 
 
 def test_shared_experts_and_lm_head_are_linears(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_weight_that_is_no_float_is_refused_by_name(tmp_path: Path) -> None:
         {"a.weight": torch.zeros(16, 32).to(torch.float8_e4m3fn), "a.weight_scale": torch.zeros(16, 1)},
     ):
         checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors))
-        with pytest.raises(UnsupportedError, match=r"format of a: got weight torch\.(int8|float8_e4m3fn) \[16, 32\]"):
+        with pytest.raises(UnsupportedError, match=r"format of a: got .*weight torch\.(int8|float8_e4m3fn) \[16, 32"):
             describe_linears(checkpoint, model(a=(16, 32)))
 
 
