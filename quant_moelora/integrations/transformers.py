@@ -31,14 +31,14 @@ from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
 from quant_moelora.loaders.experts import load_layer
 from quant_moelora.loaders.families import PARAMETERS, ExpertsSpec, find_experts
 from quant_moelora.loaders.layer_format import LayerFormat, describe_layers
-from quant_moelora.loaders.linears import QuantizedLinear, describe_linears
-from quant_moelora.loaders.registry import QUANTIZED_SUFFIXES
+from quant_moelora.loaders.linears import dequantize_linear, describe_linears
+from quant_moelora.loaders.registry import QUANTIZED_SUFFIXES, StoredLinear
 
 logger = logging.getLogger(__name__)
 
 METHOD = "quant_moelora"
 # Checkpoint keys that our own loader reads, so that transformers need not report them.
-_EXPERT_KEYS = rf"\.experts\.(\d+\.|({'|'.join(PARAMETERS)})(_bias)?$)"
+_EXPERT_KEYS = rf"\.experts\.(\d+\.|({'|'.join(PARAMETERS)})([._]\w+)?$)"
 _QUANTIZED_KEYS = rf"\.({'|'.join(sorted(QUANTIZED_SUFFIXES))})$"
 _EXPERTS_TARGET = re.compile(r"(^|\.)experts\.")
 
@@ -99,7 +99,7 @@ class _Load:
     checkpoint: Checkpoint
     layers: list[LayerFormat]
     backends: list[str]
-    linears: dict[str, QuantizedLinear]
+    linears: dict[str, StoredLinear]
     shapes: dict[str, torch.Size]
 
     def check_shapes(self, model: PreTrainedModel) -> None:
@@ -162,7 +162,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
             checkpoint=checkpoint,
             layers=layers,
             backends=self._select_backends(layers, device, dtype or model.dtype),
-            linears=describe_linears(checkpoint, model),
+            linears=describe_linears(checkpoint, model, layers),
             shapes={name: parameter.shape for name, parameter in model.named_parameters()},
         )
         for spec in specs:
@@ -207,7 +207,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         with torch.no_grad():
             for name, linear in load.linears.items():
                 weight = model.get_submodule(name).get_parameter("weight")
-                weight.copy_(linear.dequantize(load.checkpoint, weight.device))
+                weight.copy_(dequantize_linear(load.checkpoint, linear, weight.device))
         if load.linears:
             logger.info("%d quantised linear layers beside the experts were dequantised", len(load.linears))
         model.forward = with_adapter_names(model.forward, self.session)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Projection = Literal["gate", "up", "down"]
+# What one linear layer of a checkpoint holds: a projection, or the rows of gate and of up together.
+Stored = Literal["gate", "up", "gate_up", "down"]
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # Names of transformers' activations and ours.
 _ACTIVATIONS: dict[str, ActivationName] = {
@@ -31,8 +33,8 @@ _ACTIVATIONS: dict[str, ActivationName] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-# Parameters of an experts module, and the projections that stand one after the other in its rows.
-PARAMETERS: dict[str, tuple[Projection, ...]] = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+# Parameters of an experts module, and what their rows are.
+PARAMETERS: dict[str, Stored] = {"gate_up_proj": "gate_up", "down_proj": "down"}
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,12 @@ class ExpertsSpec:
     has_bias: bool = False
     router_weight: RouterWeight = "output"
 
-    def linear(self, name: str, projection: Projection) -> LinearSpec:
-        """One projection of one expert, called ``name`` in the checkpoint."""
+    def linear(self, name: str, stored: Stored) -> LinearSpec:
+        """One linear layer of one expert, called ``name`` in the checkpoint."""
         n, k = self.intermediate_size, self.hidden_size
-        return LinearSpec(name, k, n) if projection == "down" else LinearSpec(name, n, k)
+        if stored == "down":
+            return LinearSpec(name, k, n)
+        return LinearSpec(name, 2 * n if stored == "gate_up" else n, k)
 
     @property
     def projections(self) -> tuple[Projection, ...]:

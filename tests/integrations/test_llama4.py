@@ -127,7 +127,8 @@ def test_one_layer(tmp_path: Path) -> None:
     info = load_experts(folder, 3)
     assert (info.router_weight, info.source_order) == ("input", "concatenated")
     checkpoint = Checkpoint(folder)
-    (layer,) = describe_layers(checkpoint, find_experts(build_skeleton(checkpoint))[1:])
+    skeleton = build_skeleton(checkpoint)
+    (layer,) = describe_layers(checkpoint, find_experts(skeleton)[1:], skeleton)
     assert (layer.spec.layer, layer.meta_info().router_weight) == (3, "input")
     for got, name in zip(info.dequantize(), ("gate_proj", "up_proj", "down_proj"), strict=True):
         assert got is not None

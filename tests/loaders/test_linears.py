@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from quant_moelora.core.errors import FormatError, UnsupportedError
 from quant_moelora.loaders.checkpoint import Checkpoint
 from quant_moelora.loaders.families import build_skeleton
-from quant_moelora.loaders.linears import describe_linears
+from quant_moelora.loaders.linears import dequantize_linear, describe_linears
 from tests.checkpoints import (
     BITS,
     ENCODERS,
@@ -74,7 +74,7 @@ def test_described_and_dequantised(tmp_path: Path, fmt: str, symmetric: bool, ac
     assert found.keys() == linears.keys()
     for name, linear in linears.items():
         assert (found[name].spec.n, found[name].spec.k) == linear.codes.shape
-        weight = found[name].dequantize(checkpoint, CPU)
+        weight = dequantize_linear(checkpoint, found[name], CPU)
         assert weight.dtype == torch.float32
         assert torch.equal(weight, linear.weight)
 
@@ -89,7 +89,7 @@ def test_each_layer_has_its_own_format(tmp_path: Path) -> None:
         "a": "w4a16_g32_sym",
         "b": "w8a16_channel_sym",
     }
-    assert all(torch.equal(found[name].dequantize(checkpoint, CPU), linears[name].weight) for name in linears)
+    assert all(torch.equal(dequantize_linear(checkpoint, found[name], CPU), linears[name].weight) for name in linears)
 
 
 def test_shared_experts_and_lm_head_are_linears(tmp_path: Path) -> None:
@@ -137,7 +137,8 @@ def test_names_of_a_multimodal_checkpoint(tmp_path: Path, model_type: str, prefi
     checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, config, quantization))
     found = describe_linears(checkpoint, build_skeleton(checkpoint))
     assert found.keys() == {"model.layers.3.self_attn.o_proj"}
-    assert torch.equal(found["model.layers.3.self_attn.o_proj"].dequantize(checkpoint, CPU), linear.weight)
+    weight = dequantize_linear(checkpoint, found["model.layers.3.self_attn.o_proj"], CPU)
+    assert torch.equal(weight, linear.weight)
     tensors |= encode("gptq", {"model.layers.3.self_attn.o_proj": linear})
     write_checkpoint(tmp_path, tensors, config, quantization_config("gptq", linear))
     with pytest.raises(FormatError, match=r"linear layer model\.layers\.3.*one set of tensors for it"):
@@ -177,7 +178,7 @@ def test_weight_that_is_no_float_is_refused_by_name(tmp_path: Path) -> None:
         {"a.weight": torch.zeros(16, 32).to(torch.float8_e4m3fn), "a.weight_scale": torch.zeros(16, 1)},
     ):
         checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors))
-        with pytest.raises(UnsupportedError, match=r"format of a: got weight torch\.(int8|float8_e4m3fn) \[16, 32\]"):
+        with pytest.raises(UnsupportedError, match=r"format of a: got .*weight torch\.(int8|float8_e4m3fn) \[16, 32"):
             describe_linears(checkpoint, model(a=(16, 32)))
 
 
