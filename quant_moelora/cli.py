@@ -114,7 +114,8 @@ def describe(path: str) -> dict[str, Any]:
     skeleton = build_skeleton(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kinds: dict[str, dict[str, Any]] = {}
-    for layer in describe_layers(checkpoint, find_experts(skeleton), skeleton):
+    layers = describe_layers(checkpoint, find_experts(skeleton), skeleton)
+    for layer in layers:
         info = layer.meta_info()
         verdicts = judge(info, device, skeleton.dtype, lora=True)
         kind = {
@@ -124,7 +125,9 @@ def describe(path: str) -> dict[str, Any]:
             "inter_pad": info.inter_pad,
             "activation": info.activation.name,
             "scheme": info.scheme_name,
-            "formats": {p: f"{f.codec} {f.scheme.name if f.scheme else 'none'}" for p, f in layer.formats.items()},
+            "formats": {
+                stored: ", ".join(dict.fromkeys(map(str, layer.formats(stored)))) for stored in (*layer.w13, "down")
+            },
             "packed_bytes": info.nbytes,
             "backends": {name: list(verdict.reasons) for name, verdict in verdicts.items()},
         }
@@ -135,7 +138,7 @@ def describe(path: str) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "quant_method": checkpoint.quantization.get("quant_method"),
         "experts": list(kinds.values()),
-        "quantized_linears": len(describe_linears(checkpoint, skeleton)),
+        "quantized_linears": len(describe_linears(checkpoint, skeleton, layers)),
     }
 
 

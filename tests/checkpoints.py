@@ -6,6 +6,7 @@ Nothing here uses the library's own packing: the encoders are what the decoders 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,15 @@ def experts_spec(layer: Layer, number: int = 0) -> ExpertsSpec:
     experts = 1 + max(expert for expert, _ in layer)
     module = f"model.layers.{number}.mlp.experts"
     return ExpertsSpec(module, number, experts, hidden, inter, Activation("silu"))
+
+
+@lru_cache(maxsize=1)
+def skeleton() -> Any:
+    """A model without data that has the names of `experts_spec`, whatever its dimensions."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**qwen3_config(2, 64, 32)))
 
 
 def qwen3_config(experts: int, hidden: int, inter: int, *, layers: int = 1, **changes: Any) -> dict[str, Any]:

@@ -31,14 +31,14 @@ from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
 from quant_moelora.loaders.experts import load_layer
 from quant_moelora.loaders.families import PARAMETERS, ExpertsSpec, find_experts
 from quant_moelora.loaders.layer_format import LayerFormat, describe_layers
-from quant_moelora.loaders.linears import QuantizedLinear, describe_linears
-from quant_moelora.loaders.registry import QUANTIZED_SUFFIXES
+from quant_moelora.loaders.linears import dequantize_linear, describe_linears
+from quant_moelora.loaders.registry import QUANTIZED_SUFFIXES, StoredLinear
 
 logger = logging.getLogger(__name__)
 
 METHOD = "quant_moelora"
 # Checkpoint keys that our own loader reads, so that transformers need not report them.
-_EXPERT_KEYS = rf"\.experts\.(\d+\.|({'|'.join(PARAMETERS)})(_bias)?$)"
+_EXPERT_KEYS = rf"\.experts\.(\d+\.|({'|'.join(PARAMETERS)})([._]\w+)?$)"
 _QUANTIZED_KEYS = rf"\.({'|'.join(sorted(QUANTIZED_SUFFIXES))})$"
 _EXPERTS_TARGET = re.compile(r"(^|\.)experts\.")
 
@@ -92,14 +92,14 @@ class _Load:
         checkpoint: the files.
         layers: the layers' experts.
         backends: name of each layer's backend.
-        linears: quantised linear layers beside the experts.
+        linears: quantised linear layers beside the experts, by name in the model.
         shapes: of the model's parameters.
     """
 
     checkpoint: Checkpoint
     layers: list[LayerFormat]
     backends: list[str]
-    linears: list[QuantizedLinear]
+    linears: dict[str, StoredLinear]
     shapes: dict[str, torch.Size]
 
     def check_shapes(self, model: PreTrainedModel) -> None:
@@ -162,12 +162,12 @@ class QuantMoELoRAQuantizer(HfQuantizer):
             checkpoint=checkpoint,
             layers=layers,
             backends=self._select_backends(layers, device, dtype or model.dtype),
-            linears=describe_linears(checkpoint, model),
+            linears=describe_linears(checkpoint, model, layers),
             shapes={name: parameter.shape for name, parameter in model.named_parameters()},
         )
         for spec in specs:
-            model.set_submodule(spec.module, FusedExperts(spec, self.session))
-        missing = {rf"^{re.escape(linear.spec.module)}\.weight$" for linear in self.load.linears}
+            _place(model, spec, FusedExperts(spec, self.session))
+        missing = {rf"^{re.escape(name)}\.weight$" for name in self.load.linears}
         _ignore_keys(model, "missing", missing)
         _ignore_keys(model, "unexpected", {_EXPERT_KEYS, _QUANTIZED_KEYS})
         return model
@@ -205,9 +205,9 @@ class QuantMoELoRAQuantizer(HfQuantizer):
             device = next(block.parameters()).device  # the router stands beside the experts
             experts.moe = MoEExperts(load_layer(load.checkpoint, layer, device), backend)
         with torch.no_grad():
-            for linear in load.linears:
-                weight = model.get_submodule(linear.spec.module).get_parameter("weight")
-                weight.copy_(linear.dequantize(load.checkpoint, weight.device))
+            for name, linear in load.linears.items():
+                weight = model.get_submodule(name).get_parameter("weight")
+                weight.copy_(dequantize_linear(load.checkpoint, linear, weight.device))
         if load.linears:
             logger.info("%d quantised linear layers beside the experts were dequantised", len(load.linears))
         model.forward = with_adapter_names(model.forward, self.session)
@@ -273,6 +273,15 @@ def from_pretrained(
 def experts_of(model: nn.Module) -> dict[str, FusedExperts]:
     """The experts modules of a loaded model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedExperts)}
+
+
+def _place(model: PreTrainedModel, spec: ExpertsSpec, experts: FusedExperts) -> None:
+    """Put experts where the family's module stands; a block that would not tell them the routing is replaced too."""
+    model.set_submodule(spec.module, experts)
+    if spec.router_weight == "input":
+        from quant_moelora.integrations.llama4 import route_in_block
+
+        route_in_block(model, spec.module.rpartition(".")[0])
 
 
 def _ignore_keys(model: PreTrainedModel, kind: str, patterns: set[str]) -> None:

@@ -153,11 +153,11 @@ def _dense_layers(dense: Checkpoint, layers: list[LayerFormat]) -> dict[int, Lay
             remedy="name the model that the checkpoint was quantised from",
         )
     for number, layer in found.items():
-        for projection, fmt in layer.formats.items():
-            if fmt.scheme is not None:
+        for linear in layer.linears.values():
+            if linear.fmt.scheme is not None:
                 raise FormatError(
                     f"dense checkpoint {dense.path}",
-                    got=f"{projection} of layer {number} in {fmt.codec} {fmt.scheme.name}",
+                    got=f"{linear.spec.module} of layer {number} in {linear.fmt}",
                     rule="experts that are not quantised",
                     remedy="name the model that the checkpoint was quantised from",
                 )

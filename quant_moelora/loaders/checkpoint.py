@@ -40,22 +40,15 @@ _DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of one expert of a fused tensor [E, N, K], or [E, N] for a bias.
+    """One expert of a fused tensor, whose first dimension counts experts.
 
     Attributes:
         expert: the expert.
-        rows: which rows.
-        transposed: whether the tensor is [E, K, N].
+        transposed: whether its matrix is [K, N] where [N, K] is wanted.
     """
 
     expert: int
-    rows: slice
     transposed: bool = False
-
-    def __str__(self) -> str:
-        """For messages."""
-        start, stop, step = self.rows.start, self.rows.stop, self.rows.step or 1
-        return f"expert {self.expert}, {'columns' if self.transposed else 'rows'} {start}:{stop}:{step}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ class TensorHeader:
         dtype: torch dtype, or None for one that torch does not have.
         shape: its shape.
         file: the file it is in.
-        part: where this is some rows of one expert of a fused tensor.
+        part: where this is one expert of a fused tensor.
     """
 
     key: str
@@ -81,13 +74,11 @@ class TensorHeader:
         """``key in file``, for messages."""
         if self.part is None:
             return f"{self.key} in {self.file.name}"
-        return f"{self.part} of {self.key} in {self.file.name}"
+        return f"expert {self.part.expert} of {self.key} in {self.file.name}"
 
     def at(self, part: Part) -> TensorHeader:
         """Header of a part of this tensor."""
-        whole = self.shape[:0:-1] if part.transposed else self.shape[1:]
-        rows = len(range(*part.rows.indices(whole[0])))
-        return replace(self, shape=(rows, *whole[1:]), part=part)
+        return replace(self, shape=self.shape[:0:-1] if part.transposed else self.shape[1:], part=part)
 
 
 class Checkpoint:
@@ -194,7 +185,7 @@ class Checkpoint:
         if part is None:
             return handle.get_tensor(key)
         expert = handle.get_slice(key)[part.expert]
-        return (expert.T if part.transposed else expert)[part.rows]
+        return expert.T if part.transposed else expert
 
     def warn_once(self, message: str) -> None:
         """Log a warning about the checkpoint, unless it has been logged."""

@@ -50,6 +50,10 @@ class LinearFormat:
     options: tuple[str, ...] = ()
     warning: str | None = field(default=None, compare=False)
 
+    def __str__(self) -> str:
+        """Codec and scheme."""
+        return f"{self.codec} {self.scheme.name if self.scheme else 'none'}"
+
 
 class Codec(Protocol):
     """One checkpoint format.

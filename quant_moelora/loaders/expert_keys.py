@@ -1,18 +1,15 @@
-"""Where a checkpoint keeps the experts: tensors for each expert and projection, or fused ones."""
+"""Where a checkpoint keeps the experts: names of the tensors of each expert and projection."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
-from quant_moelora.loaders.checkpoint import Checkpoint, Part, TensorHeader
-from quant_moelora.loaders.families import PARAMETERS, ExpertsSpec, Projection
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from quant_moelora.core.errors import FormatError, MissingTensorError
+from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader
+from quant_moelora.loaders.families import ExpertsSpec, Projection, Stored
+from quant_moelora.loaders.unserved import refuse_unserved
 
 # Spellings of a projection in checkpoints. Mixtral, Phi-MoE and MiniMax say w1, w3, w2.
 PROJECTIONS: dict[str, Projection] = {
@@ -33,13 +30,13 @@ _EXPERT_MODULE = re.compile(
 
 @dataclass(frozen=True)
 class ExpertKeys:
-    """Tensors of one projection of one expert in a checkpoint: its module's name there, and headers by suffix."""
+    """Tensors of one linear layer of one expert in a checkpoint: its name there, and headers by suffix."""
 
     module: str
     headers: Mapping[str, TensorHeader]
 
 
-LayerKeys = dict[tuple[int, Projection], ExpertKeys]  # by expert and projection
+LayerKeys = dict[tuple[int, Stored], ExpertKeys]  # by expert and what it holds
 
 
 def parse_expert_module(module: str) -> tuple[int, int, Projection] | None:
@@ -91,96 +88,17 @@ def expert_keys(checkpoint: Checkpoint) -> dict[int, LayerKeys]:
     return layers
 
 
-def fused_keys(
-    checkpoint: Checkpoint, specs: list[ExpertsSpec], model: PreTrainedModel | None = None
-) -> dict[int, LayerKeys]:
-    """Rows of every expert in tensors [E, N, K] that are an experts module's own parameters, by layer.
-
-    Args:
-        checkpoint: the checkpoint.
-        specs: the layers.
-        model: whose family transformers may have other names for in checkpoints; None if there are none.
-
-    Raises:
-        UnsupportedError: the checkpoint's tensors are not the parameters, but converted into them by transformers.
-    """
-    names = _fused_names(
-        checkpoint,
-        {f"{spec.module}.{name}{bias}" for spec in specs for name in PARAMETERS for bias in ("", "_bias")},
-        model,
-    )
-    layers: dict[int, LayerKeys] = {}
-    for spec in specs:
-        layer = layers.setdefault(spec.layer, {})
-        for name, projections in PARAMETERS.items():
-            header = names.get(f"{spec.module}.{name}")
-            if header is None:
-                continue
-            held = {"weight": header, "bias": names.get(f"{spec.module}.{name}_bias")}
-            for expert in range(max(whole.shape[0] for whole in held.values() if whole is not None)):
-                for place, projection in enumerate(projections):
-                    rows = _rows(header.shape[2 if spec.transposed else 1], place, len(projections), spec.interleaved)
-                    layer[expert, projection] = ExpertKeys(
-                        header.key,
-                        {
-                            suffix: whole.at(Part(expert, rows, spec.transposed and suffix == "weight"))
-                            for suffix, whole in held.items()
-                            if whole is not None and expert < whole.shape[0]
-                        },
-                    )
-    return layers
-
-
-def _rows(count: int, place: int, places: int, interleaved: bool) -> slice:
-    """Rows of one of several projections that share a tensor of ``count`` rows."""
-    if interleaved:
-        return slice(place, count, places)
-    return slice(count * place // places, count * (place + 1) // places)
-
-
-def _fused_names(
-    checkpoint: Checkpoint, parameters: set[str], model: PreTrainedModel | None
-) -> dict[str, TensorHeader]:
-    """Tensors with three dimensions, or biases with two, that are the ``parameters``, by the parameter's name."""
-    solid = {
-        key: header
-        for key, header in checkpoint.headers.items()
-        if len(header.shape) == (2 if key.endswith("_bias") else 3)
-    }
-    if model is None:
-        return {key: header for key, header in solid.items() if key in parameters}
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
-    state = dict(model.state_dict())
-    found: dict[str, TensorHeader] = {}
-    for key, header in solid.items():
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if name not in state and key in state:  # as transformers does: some renamings also match the model's own names
-            name, pattern = key, None
-        if name in parameters and pattern is not None:
-            raise UnsupportedError(
-                key,
-                got=f"a tensor that transformers converts into {name}",
-                rule="the parameter itself, under its own or another name, or one tensor an expert and projection",
-                remedy="this layout is not served; split the tensor by expert and projection",
-            )
-        if name in parameters:
-            found[name] = header
-    return found
-
-
 def check_complete(spec: ExpertsSpec, found: LayerKeys, checkpoint: Checkpoint) -> None:
     """Raise unless ``found`` has every projection of every expert of a layer, and nothing else.
 
     Raises:
+        UnsupportedError: the experts are there in a format that is known and not served.
         MissingTensorError: an expert's projection is not in the checkpoint.
         FormatError: the checkpoint has more experts than the model.
     """
-    wanted = {(expert, p) for expert in range(spec.num_experts) for p in spec.projections}
+    fused = any(stored == "gate_up" for _, stored in found)
+    projections: tuple[Stored, ...] = ("gate_up", "down") if fused else spec.projections
+    wanted = {(expert, stored) for expert in range(spec.num_experts) for stored in projections}
     missing = sorted(wanted - found.keys())
     if missing:
         expert, projection = missing[0]
@@ -188,6 +106,7 @@ def check_complete(spec: ExpertsSpec, found: LayerKeys, checkpoint: Checkpoint) 
         if found:
             name += f" or, as its other experts are called, like {next(iter(found.values())).module}"
         others = [key for key in checkpoint.headers if f"layers.{spec.layer}." in key and ".experts." in key]
+        refuse_unserved(f"experts of {spec.module}", [checkpoint.headers[key] for key in others])
         held = f", which has {others[0]} instead" if others and not found else ""
         raise MissingTensorError(
             f"{projection} projection of expert {expert} in layer {spec.layer} ({spec.module})",

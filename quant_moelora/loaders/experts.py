@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +13,11 @@ from torch import Tensor
 from quant_moelora.core.errors import UnsupportedError
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
-from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
-from quant_moelora.loaders.families import Projection, build_skeleton, find_experts
+from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader, resolve_checkpoint
+from quant_moelora.loaders.families import Stored, build_skeleton, find_experts
 from quant_moelora.loaders.layer_format import LayerFormat, describe_layers
 from quant_moelora.loaders.pack import Weight, build_info
 from quant_moelora.loaders.promote import promote
-
-if TYPE_CHECKING:
-    pass
 
 
 def load_experts(path: str | Path, layer: int, device: torch.device | str = "cpu") -> MoEQuantInfo:
@@ -52,73 +50,120 @@ def load_layer(checkpoint: Checkpoint, layer: LayerFormat, device: torch.device 
 
     Raises:
         FormatError: the data contradicts the config, or is not finite.
+        UnsupportedError: act-order that the weights cannot be put together or promoted with.
     """
-    halves: list[Projection] = [p for p in layer.spec.projections if p != "down"]
-    w13 = _stack([_read_projection(checkpoint, layer, p, device) for p in halves])
-    w2 = _stack([_read_projection(checkpoint, layer, "down", device)])
+    w13 = _halves([_read_linear(checkpoint, layer, stored, device) for stored in layer.w13], layer)
+    w2 = _side_by_side([_read_linear(checkpoint, layer, "down", device)])
     biases: list[Tensor] = []
     if layer.spec.has_bias:
-        down: list[Projection] = ["down"]
-        biases = [
-            torch.stack([_read_bias(checkpoint, layer, p, device) for p in projections], dim=1)
-            for projections in (halves, down)
-        ]
-    return replace(build_info(w13, w2, layer.spec.activation, *biases), source_order=layer.source_order)
+        gate_up = torch.cat([_read_bias(checkpoint, layer, stored, device) for stored in layer.w13], dim=1)
+        biases = [_split(gate_up, layer), _read_bias(checkpoint, layer, "down", device)[:, None]]
+    info = build_info(w13, w2, layer.spec.activation, *biases)
+    return replace(info, source_order=layer.source_order, router_weight=layer.spec.router_weight)
 
 
 def _read_bias(
-    checkpoint: Checkpoint, layer: LayerFormat, projection: Projection, device: torch.device | str
-) -> Tensor:
-    """Bias of one projection of all experts, float32 [E, N]."""
-    bias = _read(checkpoint, layer, projection, "bias", device)
-    check_finite(bias, [layer.keys[expert, projection].module for expert in range(layer.spec.num_experts)])
+    checkpoint: Checkpoint, layer: LayerFormat, stored: Stored, device: torch.device | str
+) -> Tensor:  # (E, N) float32
+    """Bias of one linear layer of all experts."""
+    experts = range(layer.spec.num_experts)
+    bias = _read(checkpoint, [layer.biases[expert, stored] for expert in experts], device)
+    check_finite(bias, [layer.linears[expert, stored].spec.module for expert in experts])
     return bias.to(torch.float32)
 
 
-def _read(
-    checkpoint: Checkpoint, layer: LayerFormat, projection: Projection, suffix: str, device: torch.device | str
-) -> Tensor:
-    """One tensor of a projection, of all experts, stacked."""
-    headers = [layer.keys[expert, projection].headers[suffix] for expert in range(layer.spec.num_experts)]
+def _read(checkpoint: Checkpoint, headers: Iterable[TensorHeader], device: torch.device | str) -> Tensor:
+    """Tensors of several experts, stacked."""
     return torch.stack([checkpoint.read(header.key, header.part) for header in headers]).to(device)
 
 
-def _read_projection(
-    checkpoint: Checkpoint, layer: LayerFormat, projection: Projection, device: torch.device | str
-) -> Weight:
-    """One projection of all experts, [E, N, K]."""
-    fmt = layer.formats[projection]
-    held = [layer.keys[expert, projection] for expert in range(layer.spec.num_experts)]
-    tensors = {suffix: _read(checkpoint, layer, projection, suffix, device) for suffix in fmt.tensors}
-    linear = layer.spec.linear(f"{layer.spec.module} ({projection})", projection)
-    weight = layer.codecs[projection].decode(tensors, linear, fmt)
-    check_finite(weight, [h.module for h in held])
-    scheme = layer.scheme(projection)
-    if isinstance(weight, Tensor):
-        return weight
-    assert scheme is not None  # the weight has codes
-    return promote(weight, scheme, linear.module)
+def _read_linear(checkpoint: Checkpoint, layer: LayerFormat, stored: Stored, device: torch.device | str) -> Weight:
+    """One linear layer of all experts, [E, N, K], in the scheme of its weight."""
+    groups = layer.groups(stored, range(layer.spec.num_experts))
+    parts: list[Any] = []
+    for experts, alike in groups:
+        held = [layer.linears[expert, stored] for expert in experts]
+        tensors = {
+            suffix: _read(checkpoint, (linear.headers[suffix] for linear in held), device)
+            for suffix in alike.fmt.tensors
+        }
+        weight = alike.codec.decode(tensors, alike.spec, alike.fmt)
+        check_finite(weight, [linear.spec.module for linear in held])
+        scheme = layer.scheme(stored)
+        if isinstance(weight, CanonicalWeight):
+            assert scheme is not None  # it has codes
+            weight = promote(weight, scheme, alike.spec.module)
+        parts.append(weight)
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([expert for experts, _ in groups for expert in experts], device=device).argsort()
+    g_idx = None
+    if any(part.g_idx is not None for part in parts):
+        g_idx = torch.cat([_column_groups(part) for part in parts])[order]
+    return _joined(parts, lambda tensors: torch.cat(tensors)[order], g_idx)
 
 
-def _stack(parts: list[Any]) -> Weight:
-    """Projections [E, N, K] side by side as halves [E, halves, N, K]."""
+def _halves(parts: list[Any], layer: LayerFormat) -> Weight:
+    """What is stored of gate and up [E, N, K], with its rows one after the other, as halves [E, halves, I, K]."""
+    if layer.source_order == "separate":
+        return _side_by_side(parts)
+    if isinstance(parts[0], Tensor):
+        return _split(torch.cat(parts, dim=1), layer)
+    g_idx = None
+    if any(part.g_idx is not None for part in parts):
+        maps = [_column_groups(part) for part in parts]
+        if not all(torch.equal(maps[0], other) for other in maps):
+            raise UnsupportedError(
+                f"g_idx of {layer.spec.module}",
+                got="two act-orders in the halves of the interleaved rows of gate and up",
+                rule="one, since rows of both halves are the gate's",
+                remedy="quantise the model without act-order, or with llm-compressor",
+            )
+        g_idx = maps[0][:, None].expand(-1, layer.spec.activation.halves, -1)
+    return _joined(parts, lambda tensors: _split(torch.cat(tensors, dim=1), layer), g_idx)
+
+
+def _split(
+    rows: Tensor,  # (E, halves*I, ...)
+    layer: LayerFormat,
+) -> Tensor:  # (E, halves, I, ...)
+    """Rows of gate and up as halves."""
+    halves = layer.spec.activation.halves
+    if layer.source_order == "interleaved":
+        return rows.unflatten(1, (-1, halves)).transpose(1, 2)
+    return rows.unflatten(1, (halves, -1))
+
+
+def _side_by_side(parts: list[Any]) -> Weight:
+    """Linear layers [E, N, K] as halves [E, halves, N, K]."""
     if isinstance(parts[0], Tensor):
         return torch.stack(parts, dim=1)
+    g_idx = None
+    if any(part.g_idx is not None for part in parts):
+        g_idx = torch.stack([_column_groups(part) for part in parts], dim=1)
+    return _joined(parts, lambda tensors: torch.stack(tensors, dim=1), g_idx)
 
-    def stacked(name: str) -> Tensor | None:
+
+def _joined(
+    parts: list[CanonicalWeight],
+    join: Callable[[list[Tensor]], Tensor],
+    g_idx: Tensor | None,  # (..., K)
+) -> CanonicalWeight:
+    """Weights of one scheme put together row by row, with the map of the whole."""
+
+    def joined(name: str) -> Tensor | None:
         held = [getattr(part, name) for part in parts]
-        return None if held[0] is None else torch.stack(held, dim=1)
+        return None if held[0] is None else join(held)
 
-    codes, scales, zeros = (stacked(name) for name in ("codes", "scales", "zeros"))
+    codes, scales, zeros = (joined(name) for name in ("codes", "scales", "zeros"))
     assert codes is not None and scales is not None
-    return CanonicalWeight(parts[0].scheme, codes, scales, zeros, _stack_g_idx(parts))
+    return CanonicalWeight(parts[0].scheme, codes, scales, zeros, g_idx)
 
 
-def _stack_g_idx(parts: list[CanonicalWeight]) -> Tensor | None:
-    """g_idx [E, halves, K]; None if no part has a map that says anything."""
-    if all(part.g_idx is None for part in parts):
-        return None
-    experts, _, k = parts[0].codes.shape
-    device = parts[0].codes.device
-    plain = (torch.arange(k, dtype=torch.int32, device=device) // (parts[0].scheme.group_size or k)).expand(experts, k)
-    return torch.stack([plain if part.g_idx is None else part.g_idx for part in parts], dim=1)
+def _column_groups(part: CanonicalWeight) -> Tensor:  # (E, K) int32
+    """Group of each column of every expert, also where there is no map."""
+    if part.g_idx is not None:
+        return part.g_idx
+    experts, _, k = part.codes.shape
+    plain = torch.arange(k, dtype=torch.int32, device=part.codes.device) // (part.scheme.group_size or k)
+    return plain.expand(experts, k)

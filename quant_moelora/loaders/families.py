@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quant_moelora.core.activations import Activation, ActivationName
 from quant_moelora.core.errors import UnsupportedError
+from quant_moelora.core.quant_info import RouterWeight
 from quant_moelora.loaders.checkpoint import Checkpoint
 from quant_moelora.loaders.codec import LinearSpec
 
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Projection = Literal["gate", "up", "down"]
+# What one linear layer of a checkpoint holds: a projection, or the rows of gate and of up together.
+Stored = Literal["gate", "up", "gate_up", "down"]
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # Names of transformers' activations and ours.
 _ACTIVATIONS: dict[str, ActivationName] = {
@@ -27,8 +33,8 @@ _ACTIVATIONS: dict[str, ActivationName] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-# Parameters of an experts module, and the projections that stand one after the other in its rows.
-PARAMETERS: dict[str, tuple[Projection, ...]] = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+# Parameters of an experts module, and what their rows are.
+PARAMETERS: dict[str, Stored] = {"gate_up_proj": "gate_up", "down_proj": "down"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class ExpertsSpec:
         transposed: whether its parameters are [E, K, N].
         interleaved: whether its gate_up_proj has rows of gate and up in turns, and not all of gate first.
         has_bias: whether its projections have biases.
+        router_weight: what the router's weight multiplies; see `MoEQuantInfo`.
     """
 
     module: str
@@ -56,11 +63,14 @@ class ExpertsSpec:
     transposed: bool = False
     interleaved: bool = False
     has_bias: bool = False
+    router_weight: RouterWeight = "output"
 
-    def linear(self, name: str, projection: Projection) -> LinearSpec:
-        """One projection of one expert, called ``name`` in the checkpoint."""
+    def linear(self, name: str, stored: Stored) -> LinearSpec:
+        """One linear layer of one expert, called ``name`` in the checkpoint."""
         n, k = self.intermediate_size, self.hidden_size
-        return LinearSpec(name, k, n) if projection == "down" else LinearSpec(name, n, k)
+        if stored == "down":
+            return LinearSpec(name, k, n)
+        return LinearSpec(name, 2 * n if stored == "gate_up" else n, k)
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -112,10 +122,10 @@ def _spec(name: str, module: nn.Module) -> ExpertsSpec:
         reasons.append("it is in no numbered layer")
     activation = _activation(module)
     if activation is None:
-        act_fn = getattr(module, "act_fn", None)
+        usual = _has_default_gate(module) or _has_sorted_input(module)
         reasons.append(
-            f"its activation {type(act_fn).__name__} is not known here"
-            if _has_default_gate(module)
+            f"its activation {type(getattr(module, 'act_fn', None)).__name__} is not known here"
+            if usual and _named_activation(module) is None
             else "it combines gate and up in its own way"
         )
     if reasons or layer is None or activation is None:
@@ -130,11 +140,14 @@ def _spec(name: str, module: nn.Module) -> ExpertsSpec:
     flags = {
         ours: _flag(module, theirs) for ours, theirs in (("transposed", "is_transposed"), ("has_bias", "has_bias"))
     }
+    sorted_input = _has_sorted_input(module)
+    flags["transposed"] |= sorted_input
     num_experts, *dims = down.shape
     hidden_size, intermediate_size = reversed(dims) if flags["transposed"] else dims
     interleaved = not _flag(module, "is_concatenated")
     sizes = (num_experts, hidden_size, intermediate_size)
-    return ExpertsSpec(name, int(layer[1]), *sizes, activation, interleaved=interleaved, **flags)
+    weight: RouterWeight = "input" if sorted_input else "output"
+    return ExpertsSpec(name, int(layer[1]), *sizes, activation, interleaved=interleaved, router_weight=weight, **flags)
 
 
 # Attributes that transformers' decorator of experts modules sets, and their defaults.
@@ -158,10 +171,17 @@ def _refusals(module: nn.Module) -> Iterator[str]:
 
 def _activation(module: nn.Module) -> Activation | None:
     """Our name of what a module does between its projections; None for what is not known here."""
-    from transformers.activations import ACT2FN
-
+    if _has_sorted_input(module):
+        return _activation_of_sorted(module)
     if not _has_default_gate(module):
         return _clamped_swiglu(module)
+    return _named_activation(module)
+
+
+def _named_activation(module: nn.Module) -> Activation | None:
+    """Our name of a module's act_fn; None if there is none."""
+    from transformers.activations import ACT2FN
+
     act_fn = getattr(module, "act_fn", None)
     for name, ours in _ACTIVATIONS.items():
         if type(act_fn) is type(ACT2FN[name]):
@@ -175,6 +195,39 @@ def _has_default_gate(module: nn.Module) -> bool:
 
     usual = moe._default_apply_gate  # pyright: ignore[reportPrivateUsage] - transformers has no public name for it
     return getattr(type(module), "_apply_gate", None) is usual and _flag(module, "is_concatenated")
+
+
+def _has_sorted_input(module: nn.Module) -> bool:
+    """Whether a module gets no routing but an input [E * tokens, H], the tokens of the first expert first.
+
+    Then its block has scaled each expert's tokens by the router's weights, with 0 where it is not chosen (Llama 4).
+    """
+    return list(inspect.signature(module.forward).parameters) == ["hidden_states"]
+
+
+def _activation_of_sorted(module: nn.Module) -> Activation | None:
+    """The activation of a module with sorted input, if its own code is that of Llama 4 when evaluated on small numbers.
+
+    Each expert computes down(act(gate) * up) from [E, K, N] parameters, with gate in the first half of the columns.
+    """
+    activation = _named_activation(module)
+    if activation is None:
+        return None
+
+    def numbers(*shape: int) -> Tensor:  # of both signs; torch's default dtype and device may be others here
+        return torch.arange(math.prod(shape), dtype=torch.float32, device="cpu").sin().view(shape)
+
+    experts, hidden, inter = 2, 4, 3
+    x, gate_up, down = numbers(experts, 5, hidden), numbers(experts, hidden, 2 * inter), numbers(experts, inter, hidden)
+    small = SimpleNamespace(gate_up_proj=gate_up, down_proj=down, hidden_size=hidden, act_fn=module.act_fn)
+    try:
+        got: Tensor = type(module).forward(small, x.flatten(0, 1))
+    except (AttributeError, RuntimeError):  # another code than the known one, which needs other numbers
+        return None
+    expected = activation(x @ gate_up) @ down
+    # float32 and sums of at most 4 products in another order, twice: 2**-24 * 8, with room.
+    fits = got.shape == (x.shape[0] * x.shape[1], hidden)
+    return activation if fits and torch.allclose(got.view_as(x), expected, rtol=2**-19, atol=2**-19) else None
 
 
 def _clamped_swiglu(module: nn.Module) -> Activation | None:

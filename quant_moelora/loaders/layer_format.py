@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,12 +16,13 @@ from quant_moelora.core.scheme import QuantScheme, num_groups
 from quant_moelora.core.weights import DENSE_DTYPES
 from quant_moelora.loaders.canonical import CanonicalWeight
 from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader
-from quant_moelora.loaders.codec import Codec, LinearFormat, LinearSpec, check_header
-from quant_moelora.loaders.expert_keys import ExpertKeys, LayerKeys, check_complete, expert_keys, fused_keys
-from quant_moelora.loaders.families import ExpertsSpec, Projection
+from quant_moelora.loaders.codec import LinearFormat, LinearSpec, check_header
+from quant_moelora.loaders.expert_keys import LayerKeys, check_complete, expert_keys
+from quant_moelora.loaders.families import ExpertsSpec, Stored
+from quant_moelora.loaders.fused_keys import fused_keys
 from quant_moelora.loaders.pack import Weight, build_info
 from quant_moelora.loaders.promote import common_scheme
-from quant_moelora.loaders.registry import describe_linear
+from quant_moelora.loaders.registry import StoredLinear, describe_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,27 +34,50 @@ class LayerFormat:
 
     Attributes:
         spec: the layer's experts in the model.
-        keys: their tensors in the checkpoint.
-        formats: format of each projection, the same for all experts.
-        codecs: the codec of each projection.
+        linears: what the checkpoint has of each expert.
+        biases: the biases that belong to them, if the model has biases.
+        source_order: how the rows of gate and up stand in what is stored of them, one after the other: each its own
+            linear layer, all of gate first, or by turns.
     """
 
     spec: ExpertsSpec
-    keys: LayerKeys
-    formats: dict[Projection, LinearFormat]
-    codecs: dict[Projection, Codec]
+    linears: Mapping[tuple[int, Stored], StoredLinear]
+    biases: Mapping[tuple[int, Stored], TensorHeader]
+    source_order: SourceOrder
 
-    def scheme(self, projection: Projection) -> QuantScheme | None:
-        """The scheme of the weight that a projection is part of; None if it is not quantised.
+    @property
+    def w13(self) -> tuple[Stored, ...]:
+        """What gate and up are read from, in the order of the rows."""
+        projections: tuple[Stored, ...] = ("gate_up", "gate", "up")
+        return tuple(stored for stored in projections if (0, stored) in self.linears)
 
-        Gate and up share a weight: theirs is the one that both are promoted to.
-        """
-        own = self.formats[projection].scheme
-        if own is None or projection == "down" or "gate" not in self.formats:
-            return own
-        gate, up = self.formats["gate"].scheme, self.formats["up"].scheme
-        assert gate is not None and up is not None  # _check_shared
-        return common_scheme(gate, up)
+    def groups(self, stored: Stored, experts: Sequence[int]) -> list[tuple[list[int], StoredLinear]]:
+        """Some of the experts in groups that are stored alike and can be decoded together; one linear layer of each."""
+        found: dict[LinearFormat, list[int]] = {}
+        for expert in experts:
+            found.setdefault(self.linears[expert, stored].fmt, []).append(expert)
+        return [(members, self.linears[members[0], stored]) for members in found.values()]
+
+    def formats(self, stored: Stored) -> list[LinearFormat]:
+        """The formats that the layer's experts are in."""
+        return [linear.fmt for _, linear in self.groups(stored, range(self.spec.num_experts))]
+
+    def headers(self) -> Iterator[TensorHeader]:
+        """Every tensor of the layer's experts."""
+        for linear in self.linears.values():
+            yield from linear.headers.values()
+        yield from self.biases.values()
+
+    def scheme(self, stored: Stored) -> QuantScheme | None:
+        """The scheme that a linear layer is promoted to, that of its weight; None if it is not quantised."""
+        return self._schemes[stored == "down"]
+
+    @cached_property
+    def _schemes(self) -> tuple[QuantScheme | None, QuantScheme | None]:
+        """Of w13, which gate and up of all experts share, and of w2."""
+        parts: tuple[tuple[Stored, ...], ...] = (self.w13, ("down",))
+        w13, w2 = ({fmt.scheme for stored in part for fmt in self.formats(stored)} for part in parts)
+        return _common(w13), _common(w2)
 
     def meta_info(self) -> MoEQuantInfo:
         """An info without data, on the meta device, for asking backends whether they would serve it.
@@ -59,25 +86,17 @@ class LayerFormat:
         """
         spec = self.spec
         hidden, inter = spec.hidden_size, spec.intermediate_size
-        w13 = self._meta_weight("up", spec.activation.halves, inter, hidden)
+        w13 = self._meta_weight(self.w13[0], spec.activation.halves, inter, hidden)
         w2, halves = self._meta_weight("down", 1, hidden, inter), spec.activation.halves
         shapes = ((spec.num_experts, halves, inter), (spec.num_experts, 1, hidden))
         biases = [torch.empty(shape, dtype=torch.float32, device="meta") for shape in shapes]
         info = build_info(w13, w2, spec.activation, *(biases if spec.has_bias else ()))
-        return replace(info, source_order=self.source_order)
+        return replace(info, source_order=self.source_order, router_weight=spec.router_weight)
 
-    @property
-    def source_order(self) -> SourceOrder:
-        """How the checkpoint holds gate and up."""
-        part = next(iter(self.keys[0, "up"].headers.values())).part
-        if part is None:
-            return "separate"
-        return "interleaved" if self.spec.interleaved else "concatenated"
-
-    def _meta_weight(self, projection: Projection, halves: int, n: int, k: int) -> Weight:
-        scheme, shape = self.scheme(projection), (self.spec.num_experts, halves, n)
+    def _meta_weight(self, stored: Stored, halves: int, n: int, k: int) -> Weight:
+        scheme, shape = self.scheme(stored), (self.spec.num_experts, halves, n)
         if scheme is None:
-            return torch.empty(*shape, k, dtype=self.keys[0, projection].headers["weight"].dtype, device="meta")
+            return torch.empty(*shape, k, dtype=self.linears[0, stored].headers["weight"].dtype, device="meta")
         groups = num_groups(k, scheme.group_size)
         return CanonicalWeight(
             scheme=scheme,
@@ -88,9 +107,14 @@ class LayerFormat:
         )
 
 
-def describe_layers(
-    checkpoint: Checkpoint, specs: list[ExpertsSpec], model: PreTrainedModel | None = None
-) -> list[LayerFormat]:
+def _common(schemes: set[QuantScheme | None]) -> QuantScheme | None:
+    """What weights of one tensor are promoted to; None if they are not quantised."""
+    quantised = [scheme for scheme in schemes if scheme is not None]
+    assert not quantised or None not in schemes  # _check_promotable
+    return common_scheme(*quantised) if quantised else None
+
+
+def describe_layers(checkpoint: Checkpoint, specs: list[ExpertsSpec], model: PreTrainedModel) -> list[LayerFormat]:
     """Find the tensors of the layers' experts and their formats, from headers and config alone.
 
     Args:
@@ -123,72 +147,83 @@ def _one_of(separate: LayerKeys, fused: LayerKeys, spec: ExpertsSpec) -> LayerKe
     return separate or fused
 
 
-def _check_halves(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) -> None:
-    """Raise UnsupportedError for files whose gate_proj and up_proj are no gate and up.
+def _source_order(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) -> SourceOrder:
+    """How the rows of gate and up stand in what is stored.
 
-    gptqmodel 7.6 cuts the interleaved gate_up of gpt-oss in the middle: its gate_proj is the first half of the columns,
-    gate and up by turns (its own forward puts them together again).
+    gptqmodel (seen in 7.6) cuts the interleaved gate_up of gpt-oss in the middle: its gate_proj is the first half of
+    the rows, gate and up by turns, and its up_proj the second (its own forward puts them together again).
     """
     writers = str((checkpoint.quantization.get("meta") or {}).get("quantizer"))
-    held = keys[0, "up"]
-    if spec.interleaved and "gptqmodel" in writers and next(iter(held.headers.values())).part is None:
-        raise UnsupportedError(
-            f"gate and up of {spec.module}",
-            got=f"{held.module} as {writers} writes it, half of the interleaved columns",
-            rule="gate_proj and up_proj with the rows of gate and of up",
-            remedy="quantise the model with llm-compressor",
-        )
+    if (0, "gate_up") not in keys and not (spec.interleaved and "gptqmodel" in writers):
+        return "separate"
+    return "interleaved" if spec.interleaved else "concatenated"
 
 
 def _describe_layer(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) -> LayerFormat:
     check_complete(spec, keys, checkpoint)
-    _check_halves(checkpoint, spec, keys)
-    formats: dict[Projection, LinearFormat] = {}
-    codecs: dict[Projection, Codec] = {}
-    for (_, projection), held in sorted(keys.items()):
-        linear = spec.linear(held.module, projection)
-        headers = _without_bias(linear, held) if spec.has_bias else held.headers
-        codec, fmt = describe_linear(checkpoint, linear, headers)
-        first = formats.setdefault(projection, fmt)
-        codecs.setdefault(projection, codec)
-        _check_same(fmt, first, held.module, f"the {projection} projection of the layer's other experts")
-    if "gate" in formats:
-        _check_shared(formats["gate"], formats["up"], f"{spec.module} gate")
-    return LayerFormat(spec, keys, formats, codecs)
+    linears: dict[tuple[int, Stored], StoredLinear] = {}
+    biases: dict[tuple[int, Stored], TensorHeader] = {}
+    for (expert, stored), held in sorted(keys.items()):
+        linear, headers = spec.linear(held.module, stored), dict(held.headers)
+        if spec.has_bias:
+            biases[expert, stored] = _pop_bias(linear, headers)
+        linears[expert, stored] = describe_linear(checkpoint, linear, headers)
+    for down in (False, True):
+        _check_promotable({key: linear for key, linear in linears.items() if (key[1] == "down") == down})
+    return LayerFormat(spec, linears, biases, _source_order(checkpoint, spec, keys))
 
 
-def _check_shared(gate: LinearFormat, up: LinearFormat, module: str) -> None:
-    """Raise unless gate and up are alike, or can be promoted to one scheme."""
-    if gate.scheme is None or up.scheme is None or common_scheme(gate.scheme, up.scheme) is None:
-        _check_same(gate, up, module, "up, which shares a weight with it")
-
-
-def _without_bias(linear: LinearSpec, held: ExpertKeys) -> dict[str, TensorHeader]:
-    """Headers of a projection without that of its bias, which no format changes.
+def _pop_bias(linear: LinearSpec, headers: dict[str, TensorHeader]) -> TensorHeader:
+    """Take the header of a bias, which no format changes, from those of its linear layer.
 
     Raises:
         MissingTensorError: there is no bias.
         FormatError: it has another shape or dtype than a bias.
     """
-    bias = held.headers.get("bias")
+    bias = headers.pop("bias", None)
     if bias is None:
         raise MissingTensorError(
-            f"bias of {held.module}",
-            got=f"only {', '.join(sorted(held.headers))}",
+            f"bias of {linear.module}",
+            got=f"only {', '.join(sorted(headers))}",
             rule="a bias for every expert's projection, as the model has one",
             remedy="download the checkpoint again",
         )
     check_header(bias, linear, (linear.n,), DENSE_DTYPES, "the bias")
-    return {suffix: header for suffix, header in held.headers.items() if suffix != "bias"}
+    return bias
 
 
-def _check_same(fmt: LinearFormat, other: LinearFormat, module: str, whose: str) -> None:
-    if fmt != other:
-        names = [f.scheme.name if f.scheme else "none" for f in (fmt, other)]
-        raise UnsupportedError(
-            f"format of {module}",
-            got=f"{fmt.codec} {names[0]} with {', '.join(fmt.tensors)}",
-            rule=f"{other.codec} {names[1]} with {', '.join(other.tensors)}, the format of {whose}",
-            remedy="quantise gate and up of all experts of a layer alike (gate and up may differ in bits, in symmetry "
-            "and in group sizes that divide each other)",
-        )
+def _check_promotable(linears: Mapping[tuple[int, Stored], StoredLinear]) -> None:
+    """Raise unless linear layers that share a weight are alike, or can be promoted to one scheme exactly.
+
+    A tensor that only some experts' layers of one format have is missing from the others, as g_idx or zero points.
+
+    Raises:
+        UnsupportedError: they differ otherwise.
+    """
+    if len({linear.fmt for linear in linears.values()}) == 1:
+        return
+    smallest = min(linears.values(), key=_size_of_groups)  # what all must have a scheme in common with
+    firsts: dict[Stored, StoredLinear] = {}
+    for (_, stored), linear in linears.items():
+        first = firsts.setdefault(stored, linear)
+        if linear.codec is first.codec and linear.fmt.tensors != first.fmt.tensors:
+            raise _mixed(linear, first)
+        mine, common = linear.fmt.scheme, smallest.fmt.scheme
+        if mine is None or common is None or common_scheme(mine, common) is None:
+            raise _mixed(linear, smallest)
+
+
+def _size_of_groups(linear: StoredLinear) -> float:
+    scheme = linear.fmt.scheme
+    return math.inf if scheme is None or scheme.group_size is None else scheme.group_size
+
+
+def _mixed(linear: StoredLinear, other: StoredLinear) -> UnsupportedError:
+    names = [f"{fmt} with {', '.join(fmt.tensors)}" for fmt in (linear.fmt, other.fmt)]
+    return UnsupportedError(
+        f"format of {linear.spec.module}",
+        got=names[0],
+        rule=f"{names[1]}, the format of {other.spec.module}, which shares a weight with it",
+        remedy="quantise gate and up of all experts of a layer alike (they may differ in bits, in symmetry and in "
+        "group sizes that the smallest divides), and leave no tensor of a format out",
+    )

@@ -4,53 +4,61 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from quant_moelora.core.errors import UnsupportedError
+from quant_moelora.core.errors import FormatError, UnsupportedError
 from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
 from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader
-from quant_moelora.loaders.codec import Codec, LinearFormat, LinearSpec
+from quant_moelora.loaders.codec import LinearSpec
 from quant_moelora.loaders.expert_keys import parse_expert_module
-from quant_moelora.loaders.registry import QUANTIZED_SUFFIXES, describe_linear
+from quant_moelora.loaders.layer_format import LayerFormat
+from quant_moelora.loaders.names import model_names
+from quant_moelora.loaders.registry import QUANTIZED_SUFFIXES, StoredLinear, describe_linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
-class QuantizedLinear:
-    """A quantised linear layer of a checkpoint: nothing of its data has been read."""
-
-    spec: LinearSpec
-    codec: Codec
-    fmt: LinearFormat
-    headers: Mapping[str, TensorHeader]
-
-    def dequantize(self, checkpoint: Checkpoint, device: torch.device) -> Tensor:  # (N, K) float32
-        """Read the layer and evaluate its definition."""
-        tensors = {suffix: checkpoint.read(self.headers[suffix].key)[None].to(device) for suffix in self.fmt.tensors}
-        weight = self.codec.decode(tensors, self.spec, self.fmt)
-        check_finite(weight, [self.spec.module])
-        return (weight.dequantize() if isinstance(weight, CanonicalWeight) else weight.to(torch.float32))[0]
+def dequantize_linear(checkpoint: Checkpoint, linear: StoredLinear, device: torch.device) -> Tensor:  # (N, K) float32
+    """Read a layer and evaluate its definition."""
+    tensors = {suffix: checkpoint.read(linear.headers[suffix].key)[None].to(device) for suffix in linear.fmt.tensors}
+    weight = linear.codec.decode(tensors, linear.spec, linear.fmt)
+    check_finite(weight, [linear.spec.module])
+    return (weight.dequantize() if isinstance(weight, CanonicalWeight) else weight.to(torch.float32))[0]
 
 
-def describe_linears(checkpoint: Checkpoint, model: nn.Module) -> list[QuantizedLinear]:
-    """Every quantised module of a checkpoint that belongs to the model and is no routed expert.
+def describe_linears(
+    checkpoint: Checkpoint, model: PreTrainedModel, layers: Iterable[LayerFormat] = ()
+) -> dict[str, StoredLinear]:
+    """Every quantised module of a checkpoint that belongs to the model and is no routed expert, by name in the model.
+
+    Args:
+        checkpoint: the checkpoint.
+        model: the model.
+        layers: the experts, whose tensors may be fused.
 
     Raises:
         UnsupportedError: such a module is no plain linear layer of the model.
-        FormatError: its tensors contradict the model's dimensions or the config.
+        FormatError: its tensors contradict the model's dimensions or the config, or are there under two names.
     """
-    modules = dict(model.named_modules())
+    modules, name_of = dict(model.named_modules()), model_names(model)
     # Patterns of what a checkpoint holds beside the model, such as layers for multi-token prediction.
     beside: Iterable[str] = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    found: list[QuantizedLinear] = []
+    experts = {header.key for layer in layers for header in layer.headers()}
+    found: dict[str, StoredLinear] = {}
     for name, headers in checkpoint.modules().items():
         if parse_expert_module(name) or not _is_quantized(headers):
             continue
+        if any(header.key in experts for header in headers.values()):
+            continue
         if any(re.search(pattern, f"{name}.weight") for pattern in beside):
             continue
-        module = modules.get(name)
+        key, converted = name_of(f"{name}.weight")
+        own_name = key.removesuffix(".weight")
+        module = None if converted else modules.get(own_name)
         if not isinstance(module, nn.Linear):
             raise UnsupportedError(
                 f"quantised module {name}",
@@ -58,9 +66,16 @@ def describe_linears(checkpoint: Checkpoint, model: nn.Module) -> list[Quantized
                 rule="a linear layer",
                 remedy="quantise the model without it",
             )
+        if own_name in found:
+            raise FormatError(
+                f"linear layer {own_name}",
+                got=f"{found[own_name].spec.module} and {name}",
+                rule="one set of tensors for it",
+                remedy="remove one of the two from the checkpoint",
+            )
         spec = LinearSpec(name, module.out_features, module.in_features)
         own = {suffix: header for suffix, header in headers.items() if suffix != "bias"}
-        found.append(QuantizedLinear(spec, *describe_linear(checkpoint, spec, own), own))
+        found[own_name] = describe_linear(checkpoint, spec, own)
     return found
 
 

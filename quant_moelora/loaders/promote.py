@@ -16,21 +16,23 @@ from quant_moelora.core.scheme import QuantScheme, num_groups
 from quant_moelora.loaders.canonical import CanonicalWeight
 
 
-def common_scheme(a: QuantScheme, b: QuantScheme) -> QuantScheme | None:
-    """The least scheme that weights of both can be promoted to; None if there is none.
+def common_scheme(*schemes: QuantScheme) -> QuantScheme | None:
+    """The least scheme that weights of all of these can be promoted to; None if there is none.
 
-    Group sizes must divide each other; a group for each channel is divided by any size.
+    The smallest group size must divide the others; a group for each channel is divided by any size.
     """
-    if a.scale_dtype != b.scale_dtype:
+    sizes = [scheme.group_size for scheme in schemes if scheme.group_size is not None]
+    least = min(sizes, default=None)
+    dtypes = {scheme.scale_dtype for scheme in schemes}
+    if len(dtypes) > 1 or any(size % least for size in sizes if least is not None):
         return None
-    sizes = sorted(size for size in (a.group_size, b.group_size) if size is not None)
-    if len(sizes) == 2 and sizes[1] % sizes[0]:
-        return None
-    return QuantScheme(max(a.bits, b.bits), sizes[0] if sizes else None, a.symmetric and b.symmetric, a.scale_dtype)
+    return QuantScheme(
+        max(scheme.bits for scheme in schemes), least, all(scheme.symmetric for scheme in schemes), dtypes.pop()
+    )
 
 
 def promote(weight: CanonicalWeight, scheme: QuantScheme, what: str) -> CanonicalWeight:
-    """The same weight in ``scheme``, a `common_scheme` of its own and another.
+    """The same weight in ``scheme``, a `common_scheme` of its own and others.
 
     Args:
         weight: the weight.
@@ -47,8 +49,8 @@ def promote(weight: CanonicalWeight, scheme: QuantScheme, what: str) -> Canonica
         raise UnsupportedError(
             f"g_idx of {what}",
             got=f"act-order in groups of {old.group_size or 'a channel'}",
-            rule=f"groups of {scheme.group_size}, the size of the projection that it shares a weight with",
-            remedy="quantise gate and up with one group size, or without act-order",
+            rule=f"groups of {scheme.group_size}, as others have that share a weight with it",
+            remedy="quantise gate and up of all experts with one group size, or without act-order",
         )
     k = weight.codes.shape[-1]
     codes, scales, zeros = weight.codes, weight.scales, weight.zeros

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from quant_moelora.core.errors import MissingTensorError, UnsupportedError
@@ -13,13 +14,31 @@ from quant_moelora.loaders.compressed_tensors import PackQuantized
 from quant_moelora.loaders.dense import Dense
 from quant_moelora.loaders.gptq import GPTQ
 from quant_moelora.loaders.int_quantized import IntQuantized
+from quant_moelora.loaders.unserved import refuse_unserved
 
 CODECS: tuple[Codec, ...] = (GPTQ(), AWQ(), PackQuantized(), IntQuantized(), Dense())
 QUANTIZED_SUFFIXES = frozenset().union(*(c.required | c.optional for c in CODECS)) - Dense.required
 
 
-def describe_linear(checkpoint: Checkpoint, spec: LinearSpec, headers: Headers) -> tuple[Codec, LinearFormat]:
-    """The codec of a module and how it is stored; what the user has to know of that is logged once a checkpoint.
+@dataclass(frozen=True)
+class StoredLinear:
+    """A linear layer of a checkpoint: nothing of its data has been read.
+
+    Attributes:
+        spec: its name there and its dimensions.
+        codec: the codec that reads it.
+        fmt: how it is stored.
+        headers: its tensors, by suffix, without a bias.
+    """
+
+    spec: LinearSpec
+    codec: Codec
+    fmt: LinearFormat
+    headers: Headers
+
+
+def describe_linear(checkpoint: Checkpoint, spec: LinearSpec, headers: Headers) -> StoredLinear:
+    """How a module is stored; what the user has to know of that is logged once a checkpoint.
 
     Raises:
         MissingTensorError, FormatError, UnsupportedError: see `find_codec` and `Codec.describe`.
@@ -28,7 +47,7 @@ def describe_linear(checkpoint: Checkpoint, spec: LinearSpec, headers: Headers) 
     fmt = codec.describe(spec, headers, checkpoint.quantization)
     if fmt.warning:
         checkpoint.warn_once(fmt.warning)
-    return codec, fmt
+    return StoredLinear(spec, codec, fmt, headers)
 
 
 def find_codec(spec: LinearSpec, headers: Headers, config: Mapping[str, Any]) -> Codec:
@@ -43,6 +62,7 @@ def find_codec(spec: LinearSpec, headers: Headers, config: Mapping[str, Any]) ->
     fitting = [c for c in named if c.fits(spec, headers)]
     if len(fitting) == 1:
         return fitting[0]
+    refuse_unserved(spec.module, headers.values())
     quantized = [c for c in named if c.name == config.get("quant_method")]
     if quantized:
         return quantized[0]  # its describe says which shape is wrong

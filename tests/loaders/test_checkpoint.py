@@ -20,6 +20,7 @@ from tests.checkpoints import (
     layer_tensors,
     quantization_config,
     random_layer,
+    skeleton,
     write_checkpoint,
 )
 
@@ -92,7 +93,7 @@ def test_experts_of_one_layer_over_two_shards_in_any_order(tmp_path: Path, shard
         write_checkpoint(tmp_path, tensors, quantization=config, shard=shard if sharded else None),
     )
     assert len({header.file for header in checkpoint.headers.values()}) == 1 + sharded
-    info = load_layer(checkpoint, describe_layers(checkpoint, [experts_spec(layer)])[0], "cpu")
+    info = load_layer(checkpoint, describe_layers(checkpoint, [experts_spec(layer)], skeleton())[0], "cpu")
     for got, expected in zip(info.dequantize(), definition(layer), strict=True):
         assert got is not None
         assert torch.equal(got, expected)

@@ -36,6 +36,7 @@ from tests.checkpoints import (
     qwen3_config,
     random_layer,
     random_linear,
+    skeleton,
     write_checkpoint,
 )
 
@@ -47,7 +48,7 @@ Tensors = dict[str, Tensor]
 def load(folder: Path, spec: ExpertsSpec) -> MoEQuantInfo:
     """One layer, without building the model."""
     checkpoint = Checkpoint(folder)
-    return load_layer(checkpoint, describe_layers(checkpoint, [spec])[0], "cpu")
+    return load_layer(checkpoint, describe_layers(checkpoint, [spec], skeleton())[0], "cpu")
 
 
 def check(info: MoEQuantInfo, expected: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -227,9 +228,9 @@ def test_missing_projection(refuse: Callable[..., None]) -> None:
 def test_all_experts_missing(refuse: Callable[..., None]) -> None:
     def fuse(tensors: Tensors) -> None:
         tensors.clear()
-        tensors[f"{PARENT}.gate_up_proj.qweight"] = torch.zeros(EXPERTS, 8, 192, dtype=torch.int32)
+        tensors[f"{PARENT}.all.qweight"] = torch.zeros(EXPERTS, 8, 192, dtype=torch.int32)
 
-    refuse(fuse, MissingTensorError, r"which has .*experts\.gate_up_proj\.qweight instead: 9 of 9 projections")
+    refuse(fuse, MissingTensorError, r"which has .*experts\.all\.qweight instead: 9 of 9 projections")
 
 
 @pytest.mark.parametrize("suffix", ["scales", "qweight", "qzeros"])
@@ -330,17 +331,15 @@ def test_one_expert_of_another_scale_dtype(refuse: Callable[..., None]) -> None:
     def cast(tensors: Tensors) -> None:
         tensors[f"{PARENT}.1.up_proj.scales"] = tensors[f"{PARENT}.1.up_proj.scales"].bfloat16()
 
-    refuse(cast, UnsupportedError, rf"format of {PARENT}\.1\.up_proj: got gptq .* the format of the up projection")
+    refuse(cast, UnsupportedError, rf"format of {PARENT}\.1\.up_proj: got gptq .* the format of {PARENT}\.0\.gate_proj")
 
 
 def test_unknown_format(refuse: Callable[..., None]) -> None:
     def rename(tensors: Tensors) -> None:
         for key in [key for key in tensors if key.endswith(".qweight")]:
-            tensors[key.replace("qweight", "W_q")] = tensors.pop(key)
+            tensors[key.replace("qweight", "numbers")] = tensors.pop(key)
 
-    message = (
-        rf"format of {PARENT}\.0\.down_proj: got W_q torch.int32 .*expected one of gptq .*awq .*compressed-tensors"
-    )
+    message = rf"format of {PARENT}\.0\.down_proj: got .*numbers torch.int32 .*expected one of gptq .*awq .*compressed"
     refuse(rename, UnsupportedError, message)
 
 
@@ -390,7 +389,7 @@ def test_gate_and_up_of_different_schemes_are_promoted_exactly(layer: Layer) -> 
         tensors = layer_tensors(layer, ENCODERS["compressed-tensors"])
         write_checkpoint(Path(folder), tensors, quantization={**configs[0], "config_groups": groups})
         checkpoint = Checkpoint(folder)
-        (fmt,) = describe_layers(checkpoint, [experts_spec(layer)])
+        (fmt,) = describe_layers(checkpoint, [experts_spec(layer)], skeleton())
         info = load_layer(checkpoint, fmt, "cpu")
     check(info, definition(layer))
     assert isinstance(info.w13, PackedWeight)
@@ -431,7 +430,8 @@ def test_gate_and_up_of_schemes_that_have_none_in_common(tmp_path: Path, layer: 
         config["config_groups"]["group_1"] = ct_config()["config_groups"]["group_0"]
     write_checkpoint(tmp_path, layer_tensors(layer, ENCODERS["compressed-tensors"]), quantization=config)
     with pytest.raises(
-        UnsupportedError, match=rf"format of {PARENT} gate: .*w4a16_g32_sym.*expected.*up, which shares"
+        UnsupportedError,
+        match=rf"format of {PARENT}\.0\.up_proj: .*expected.*w4a16_g32_sym.*0\.gate_proj, which shares",
     ):
         load(tmp_path, experts_spec(layer))
 

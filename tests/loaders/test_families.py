@@ -23,6 +23,13 @@ GPT_OSS = {
     "layer_types": ["full_attention"],
 }
 
+LLAMA4 = {
+    **mixtral_config(3, 64, 40, layers=4),
+    "model_type": "llama4_text",
+    "head_dim": 32,
+    "intermediate_size_mlp": 72,
+}
+
 
 def specs(folder: Path, config: dict[str, Any]) -> list[ExpertsSpec]:
     """Experts of the model that a config describes."""
@@ -73,7 +80,7 @@ def test_unknown_activation_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_gpt_oss(tmp_path: Path) -> None:
     swiglu = Activation("swigluoai", alpha=1.702, limit=7.0)
-    flags = {"transposed": True, "interleaved": True, "has_bias": True}
+    flags: dict[str, Any] = {"transposed": True, "interleaved": True, "has_bias": True}
     assert specs(tmp_path, GPT_OSS) == [ExpertsSpec("model.layers.0.mlp.experts", 0, 2, 64, 64, swiglu, **flags)]
 
 
@@ -89,10 +96,44 @@ def test_another_gate_than_that_of_gpt_oss_is_refused(tmp_path: Path, monkeypatc
         specs(tmp_path, GPT_OSS)
 
 
-def test_llama4_is_refused_with_reasons(tmp_path: Path) -> None:
-    config = {**qwen3_config(2, 64, 32), "model_type": "llama4_text", "num_local_experts": 2}
+@pytest.mark.parametrize(
+    ("changes", "layers"), [({"interleave_moe_layer_step": 2}, [1, 3]), ({"moe_layers": [0, 3]}, [0, 3])]
+)
+def test_llama4(tmp_path: Path, changes: dict[str, Any], layers: list[int]) -> None:
+    """Its experts module has no flags: that it is transposed, and gets a scaled input, is in its code."""
+    assert specs(tmp_path, LLAMA4 | changes) == [
+        ExpertsSpec(
+            f"model.layers.{n}.feed_forward.experts", n, 3, 64, 40, SILU, transposed=True, router_weight="input"
+        )
+        for n in layers
+    ]
+
+
+def _up_first(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    up, gate = torch.bmm(hidden_states.view(len(self.down_proj), -1, self.hidden_size), self.gate_up_proj).chunk(2, -1)
+    return torch.bmm(up * self.act_fn(gate), self.down_proj).view(-1, self.hidden_size)
+
+
+def _other_attributes(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    return self.clamp * hidden_states
+
+
+def _other_layout(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(hidden_states[None], self.gate_up_proj.transpose(1, 2))
+
+
+@pytest.mark.parametrize("forward", [_up_first, _other_attributes, _other_layout])
+def test_other_code_than_that_of_llama4_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward: Any
+) -> None:
+    monkeypatch.setattr("transformers.models.llama4.modeling_llama4.Llama4TextExperts.forward", forward)
     with pytest.raises(UnsupportedError, match=r"Llama4TextExperts.*it combines gate and up in its own way"):
-        specs(tmp_path, config)
+        specs(tmp_path, LLAMA4)
+
+
+def test_unknown_activation_of_llama4_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"Llama4TextExperts.*its activation ReLU6 is not known here"):
+        specs(tmp_path, LLAMA4 | {"hidden_act": "relu6"})
 
 
 def test_model_without_experts(tmp_path: Path) -> None:

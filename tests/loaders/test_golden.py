@@ -109,7 +109,8 @@ def test_unquantised_weights_are_the_stored_values(golden: Path, name: str) -> N
 @pytest.mark.parametrize("name", NAMES)
 def test_meta_info_has_the_shapes_of_the_loaded_info(golden: Path, name: str) -> None:
     checkpoint = Checkpoint(folders(golden, name)[0])
-    for layer in describe_layers(checkpoint, find_experts(build_skeleton(checkpoint))):
+    skeleton = build_skeleton(checkpoint)
+    for layer in describe_layers(checkpoint, find_experts(skeleton), skeleton):
         meta, loaded = layer.meta_info(), load_layer(checkpoint, layer, "cpu")
         permutations = {"inter_perm", "w13.k_perm"}  # whether there are any is in the data
         assert all(tensor.is_meta for tensor in meta.tensors().values())
@@ -129,11 +130,11 @@ def test_meta_info_has_the_shapes_of_the_loaded_info(golden: Path, name: str) ->
 @pytest.mark.parametrize("name", NAMES)
 def test_quantised_linears_are_found(golden: Path, name: str) -> None:
     checkpoint = Checkpoint(folders(golden, name)[0])
-    found = {linear.spec.module for linear in describe_linears(checkpoint, build_skeleton(checkpoint))}
+    found = describe_linears(checkpoint, build_skeleton(checkpoint))
     expected = {
         f"model.layers.{number}.self_attn.{projection}_proj"
         for number in LAYERS.get(name, TWO_LAYERS)
         for projection in "qkvo"
         if name in QUANTIZED_ATTENTION
     }
-    assert found == expected
+    assert found.keys() == expected
