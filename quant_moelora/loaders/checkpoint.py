@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quant_moelora.core.errors import FormatError, MissingTensorError
+from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,9 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # Where a quantisation config may stand beside config.json (gptqmodel writes the first, AutoAWQ the second).
 QUANT_CONFIG_FILES = ("quantize_config.json", "quant_config.json")
+
+# Weight files that are not read, to be refused by name.
+OTHER_FILES = {"*.gguf": "GGUF", "*.bin": "PyTorch pickle", "*.pt": "PyTorch pickle"}
 
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -96,6 +99,7 @@ class Checkpoint:
 
         Raises:
             FormatError: a file is missing, unreadable, truncated or contradicts the index.
+            UnsupportedError: there are weights, and not in safetensors.
         """
         self.path = Path(path)
         self.config = _read_json(self.path / "config.json")
@@ -143,6 +147,14 @@ class Checkpoint:
             return {key: self.path / str(file) for key, file in weight_map.items()}
         if (self.path / SINGLE_FILE).is_file():
             return {"": self.path / SINGLE_FILE}
+        for pattern, name in OTHER_FILES.items():
+            for file in self.path.glob(pattern):
+                raise UnsupportedError(
+                    f"weights of {self.path}",
+                    got=f"{name} ({file.name})",
+                    rule=f"{SINGLE_FILE} or {INDEX_FILE}",
+                    remedy="take a checkpoint in safetensors",
+                )
         raise FormatError(
             f"checkpoint {self.path}",
             got="no weights",

@@ -17,6 +17,7 @@ from quant_moelora.loaders.checkpoint import Checkpoint, Part, TensorHeader
 from quant_moelora.loaders.expert_keys import ExpertKeys, LayerKeys, parse_expert_module
 from quant_moelora.loaders.families import PARAMETERS, ExpertsSpec
 from quant_moelora.loaders.names import model_names
+from quant_moelora.loaders.unserved import refuse_unserved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,6 +64,7 @@ def _check_order(parameter: str, held: dict[str, TensorHeader]) -> None:
     Tools that quantise gate and up each by itself would put one after the other; no file says which it is.
     """
     if held.keys() - _PLAIN:
+        refuse_unserved(parameter, held.values())
         raise UnsupportedError(
             f"gate and up of {parameter}",
             got=f"fused quantised tensors: {', '.join(sorted(held))}",

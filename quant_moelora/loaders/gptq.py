@@ -48,7 +48,10 @@ class GPTQ:
 
     def fits(self, spec: LinearSpec, headers: Headers) -> bool:
         """GPTQ packs along K, so that qweight has N columns."""
-        return any(headers["qweight"].shape == (spec.k * bits // 32, spec.n) for bits in SUPPORTED_BITS)
+        qweight = headers["qweight"]
+        if qweight.dtype != torch.int32:  # AWQ GEMV_FAST's int16 [N/4, K] has the shape of int8 where N = K
+            return False
+        return any(qweight.shape == (spec.k * bits // 32, spec.n) for bits in SUPPORTED_BITS)
 
     def describe(self, spec: LinearSpec, headers: Headers, config: Mapping[str, Any]) -> LinearFormat:
         """See `Codec.describe`."""

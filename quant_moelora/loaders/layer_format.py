@@ -219,7 +219,7 @@ def _size_of_groups(linear: StoredLinear) -> float:
 
 
 def _mixed(linear: StoredLinear, other: StoredLinear) -> UnsupportedError:
-    names = [f"{fmt} with {', '.join(fmt.tensors)}" for fmt in (linear.fmt, other.fmt)]
+    names = [f"{fmt} with {', '.join((*fmt.tensors, *fmt.options))}" for fmt in (linear.fmt, other.fmt)]
     return UnsupportedError(
         f"format of {linear.spec.module}",
         got=names[0],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_moelora.core.errors import FormatError, UnsupportedError
+from quant_moelora.core.weights import DENSE_DTYPES
 from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
 from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader
 from quant_moelora.loaders.codec import LinearSpec
@@ -80,7 +81,10 @@ def describe_linears(
 
 
 def _is_quantized(headers: Mapping[str, TensorHeader]) -> bool:
-    """Whether a module has tensors of a quantised format, or a weight that is no float."""
+    """Whether a module has tensors of a quantised format, or a weight that does not say itself what it means.
+
+    transformers would cast a float8 weight and leave its scales out.
+    """
     weight = headers.get("weight")
-    packed = weight is not None and weight.dtype is not None and not weight.dtype.is_floating_point
+    packed = weight is not None and weight.dtype not in (*DENSE_DTYPES, torch.float64)
     return packed or bool(headers.keys() & QUANTIZED_SUFFIXES)

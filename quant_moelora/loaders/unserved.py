@@ -39,8 +39,8 @@ class Unserved:
 # own tools write: transformers (mxfp4, bitsandbytes, finegrained fp8), compressed-tensors, NVIDIA ModelOpt, AutoAWQ,
 # llm-awq, AutoGPTQ's and gptqmodel's marlin, exllama, vLLM's GGUF, HQQ, AQLM.
 UNSERVED = (
-    Unserved("MXFP4", r"(?:gate_up|down)_proj_blocks"),
-    Unserved("NVFP4", r"weight_scale_2|weight_global_scale|input_global_scale"),
+    Unserved("MXFP4", r"proj_blocks"),
+    Unserved("NVFP4", r"weight_scale_2|(?:weight|proj|input)_global_scale"),
     Unserved("bitsandbytes 4-bit", r"absmax|quant_map|quant_state\.bitsandbytes__\w+"),
     Unserved("bitsandbytes int8", r"SCB|weight_format"),
     Unserved("Marlin 2:4 (marlin_24)", r"B_24|B_meta|scale_packed|meta"),
@@ -53,7 +53,7 @@ UNSERVED = (
     Unserved("sparse compressed-tensors", r"bitmask"),
     Unserved("llm-awq", r"scaled_zeros"),
     Unserved("AWQ GEMV_FAST", r"qweight", (torch.int16,)),
-    Unserved("FP8 with a scale for each block", r"weight_scale_inv|gate_up_proj_scale_inv|down_proj_scale_inv"),
+    Unserved("FP8 with a scale for each block", r"(?:weight|proj)_scale_inv"),
     Unserved("MXFP4", r"weight_packed|proj_packed|weight_scale", (torch.uint8,)),
     Unserved("FP8", r"weight|gate_up_proj|down_proj", FLOAT8),
     Unserved("packed bytes, such as bitsandbytes 4-bit", r"weight", (torch.uint8,)),

@@ -160,7 +160,6 @@ def test_truncated_shard(tmp_path: Path, tensors: dict[str, Tensor], left: int) 
 
 def test_no_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(
         FormatError, match=r"got no weights, expected model\.safetensors or .*save the model as safeten"
     ):
