@@ -119,7 +119,9 @@ def fused_keys(
             held = {"weight": header, "bias": names.get(f"{spec.module}.{name}_bias")}
             for expert in range(max(whole.shape[0] for whole in held.values() if whole is not None)):
                 for place, projection in enumerate(projections):
-                    rows = _rows(header.shape[2 if spec.transposed else 1], place, len(projections), spec.interleaved)
+                    rows = projection_rows(
+                        header.shape[2 if spec.transposed else 1], place, len(projections), spec.interleaved
+                    )
                     layer[expert, projection] = ExpertKeys(
                         header.key,
                         {
@@ -131,7 +133,7 @@ def fused_keys(
     return layers
 
 
-def _rows(count: int, place: int, places: int, interleaved: bool) -> slice:
+def projection_rows(count: int, place: int, places: int, interleaved: bool) -> slice:
     """Rows of one of several projections that share a tensor of ``count`` rows."""
     if interleaved:
         return slice(place, count, places)

@@ -45,6 +45,7 @@ class ExpertsSpec:
         transposed: whether its parameters are [E, K, N].
         interleaved: whether its gate_up_proj has rows of gate and up in turns, and not all of gate first.
         has_bias: whether its projections have biases.
+        declared_transposed: whether the module itself says that it is transposed, which is what PEFT goes by.
     """
 
     module: str
@@ -56,6 +57,7 @@ class ExpertsSpec:
     transposed: bool = False
     interleaved: bool = False
     has_bias: bool = False
+    declared_transposed: bool = False
 
     def linear(self, name: str, projection: Projection) -> LinearSpec:
         """One projection of one expert, called ``name`` in the checkpoint."""
@@ -134,7 +136,10 @@ def _spec(name: str, module: nn.Module) -> ExpertsSpec:
     hidden_size, intermediate_size = reversed(dims) if flags["transposed"] else dims
     interleaved = not _flag(module, "is_concatenated")
     sizes = (num_experts, hidden_size, intermediate_size)
-    return ExpertsSpec(name, int(layer[1]), *sizes, activation, interleaved=interleaved, **flags)
+    declared = _flag(module, "is_transposed")
+    return ExpertsSpec(
+        name, int(layer[1]), *sizes, activation, interleaved=interleaved, declared_transposed=declared, **flags
+    )
 
 
 # Attributes that transformers' decorator of experts modules sets, and their defaults.

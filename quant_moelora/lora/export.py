@@ -11,28 +11,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
+from packaging.version import Version
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quant_moelora.core.errors import AdapterError, UnsupportedError
 from quant_moelora.loaders.expert_keys import expert_modules
-from quant_moelora.loaders.families import ExpertsSpec, Projection
+from quant_moelora.loaders.families import PARAMETERS, ExpertsSpec
 from quant_moelora.lora.adapter_file import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter, Factor
+from quant_moelora.lora.fused_form import ROLES_FIXED_IN, FusedForm
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 Form = Literal["fused", "per_expert"]
-_PARAMETERS: dict[str, tuple[Projection, ...]] = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
 def export_adapter(adapter: Adapter, specs: list[ExpertsSpec], folder: str | Path, form: Form, model_type: str) -> None:
     """Write the adapter, bit for bit, into a new folder.
 
     ``per_expert`` has a pair of factors for each projection of each expert; where a fused file shares A between gate
-    and up, both get it. ``fused`` has one pair for each of the experts' two parameters: A [E*r, K] expert-major and
-    B [N, r*E] rank-major. There gate and up share A if they have the same one; if not, the parameter has rank 2r, the
-    two A one below the other, and B block-diagonal, at the same scaling (PEFT's own conversion).
+    and up, both get it. ``fused`` has one pair for each of the experts' two parameters (`FusedForm`). There gate and up
+    share A if they have the same one; if not, the parameter has rank 2r, the two A one below the other, and B
+    block-diagonal, at the same scaling (PEFT's own conversion).
 
     Args:
         adapter: from `load_adapter`.
@@ -85,7 +86,7 @@ def _fused(
     adapter: Adapter, layers: Mapping[int, ExpertsSpec]
 ) -> Iterator[tuple[str, str, Factor, tuple[Tensor, Tensor]]]:
     """Of every parameter touched: its name, the module it is written as, rank and scaling as a factor, and A and B."""
-    touched = {n: [p for p, of in _PARAMETERS.items() if any(q in of for _, q in f)] for n, f in adapter.layers.items()}
+    touched = {n: [p for p, of in PARAMETERS.items() if any(q in of for _, q in f)] for n, f in adapter.layers.items()}
     first = next(iter(touched.values()), [])
     for number, factors in sorted(adapter.layers.items()):
         spec, parameters = layers[number], touched[number]
@@ -93,9 +94,10 @@ def _fused(
             # A key names no parameter; that only one is targeted is said for all layers together.
             raise _cannot(adapter, f"{', '.join(parameters)} in layer {number}", f"{', '.join(first)} in every layer")
         for parameter in parameters:
-            name = f"{spec.module}.{parameter}"
+            form = FusedForm(spec, parameter)
+            name = form.name
             parts = [
-                _expert(adapter, name, expert, [factors.get((expert, p)) for p in _PARAMETERS[parameter]])
+                _expert(adapter, name, expert, [factors.get((expert, p)) for p in form.projections])
                 for expert in range(spec.num_experts)
             ]
             widest = max(len(a) for a, _, _ in parts)  # where any expert has two A, all have
@@ -105,9 +107,9 @@ def _fused(
                 found = ", ".join(f"rank {rank} scaling {scaling:g}" for rank, scaling in sorted(facts))
                 raise _cannot(adapter, f"experts of {name} with {found}", "one rank and one scaling for all experts")
             a = torch.stack([torch.cat(a) for a, _, _ in parts])  # (E, r, K)
-            b = torch.stack([_rows(a, b) for a, b, _ in parts])  # (E, N, r)
+            b = torch.stack([form.joined(_columns(a, b)) for a, b, _ in parts])  # (E, N, r)
             inner = ".base_layer" if parameter != parameters[-1] else ""
-            folded = (a.flatten(0, 1), b.permute(1, 2, 0).flatten(1))
+            folded = form.fold(a, b, form.swapped_by(Version(ROLES_FIXED_IN)))
             yield name, f"{spec.module}{inner}", Factor(a[0], b[0], parts[0][2]), folded
 
 
@@ -127,9 +129,11 @@ def _expert(
     return a, [factor.b for factor in held], held[0].scaling
 
 
-def _rows(a: list[Tensor], b: list[Tensor]) -> Tensor:  # (N, r)
-    """B of all projections: below one another for a shared A, block-diagonal otherwise."""
-    return torch.cat(b) if len(a) == 1 else torch.block_diag(*b)
+def _columns(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:  # (N of the projection, r) each
+    """B of the projections as they are for a shared A; otherwise each over columns of its own, block-diagonal."""
+    if len(a) == 1:
+        return b
+    return list(torch.block_diag(*b).split([len(part) for part in b]))
 
 
 def _cannot(adapter: Adapter, got: str, rule: str) -> AdapterError:
