@@ -167,7 +167,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         )
         for spec in specs:
             model.set_submodule(spec.module, FusedExperts(spec, self.session))
-        missing = {rf"^{re.escape(linear.spec.module)}\.weight$" for linear in self.load.linears}
+        missing = {rf"^{re.escape(linear.module)}\.weight$" for linear in self.load.linears}
         _ignore_keys(model, "missing", missing)
         _ignore_keys(model, "unexpected", {_EXPERT_KEYS, _QUANTIZED_KEYS})
         return model
@@ -206,7 +206,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
             experts.moe = MoEExperts(load_layer(load.checkpoint, layer, device), backend)
         with torch.no_grad():
             for linear in load.linears:
-                weight = model.get_submodule(linear.spec.module).get_parameter("weight")
+                weight = model.get_submodule(linear.module).get_parameter("weight")
                 weight.copy_(linear.dequantize(load.checkpoint, weight.device))
         if load.linears:
             logger.info("%d quantised linear layers beside the experts were dequantised", len(load.linears))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
 from quant_moelora.loaders.checkpoint import Checkpoint, Part, TensorHeader
 from quant_moelora.loaders.families import PARAMETERS, ExpertsSpec, Projection
+from quant_moelora.loaders.renamings import Renamings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,21 +150,11 @@ def _fused_names(
         for key, header in checkpoint.headers.items()
         if len(header.shape) == (2 if key.endswith("_bias") else 3)
     }
-    if model is None:
-        return {key: header for key, header in solid.items() if key in parameters}
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
-    state = dict(model.state_dict())
+    renamings = Renamings(model)
     found: dict[str, TensorHeader] = {}
     for key, header in solid.items():
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if name not in state and key in state:  # as transformers does: some renamings also match the model's own names
-            name, pattern = key, None
-        if name in parameters and pattern is not None:
+        name, converted = renamings.name(key)
+        if name in parameters and converted:
             raise UnsupportedError(
                 key,
                 got=f"a tensor that transformers converts into {name}",
