@@ -61,7 +61,7 @@ class Adapter:
         path: its folder.
         config: PEFT's config.
         layers: factors of the routed experts, by layer.
-        linears: factors of all other modules (attention and other plain linear layers), by module.
+        linears: factors of all other modules (attention, other linear layers and routers), by module.
     """
 
     path: Path
@@ -90,7 +90,8 @@ def load_adapter(path: str | Path, specs: list[ExpertsSpec]) -> Adapter:
             factor = _per_expert(config, spec, module, expert[1:], pair, folder)
             adapter.layers.setdefault(expert[0], {})[expert[1:]] = factor
         elif _FUSED_MODULE.fullmatch(module) is None:
-            adapter.linears[module] = Factor(pair["A"], pair["B"], _scaling(config, module, pair["A"].shape[0]))
+            name = f"{module}.weight" if targets_weight(config, module) else module
+            adapter.linears[module] = Factor(pair["A"], pair["B"], _scaling(config, name, pair["A"].shape[0]))
     if not adapter.layers and not adapter.linears:
         raise AdapterError(
             f"adapter {folder}",
@@ -161,6 +162,12 @@ def _pairs(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str, T
         if len(pair) != 2:
             raise _unknown(folder, f"{module}.lora_{next(iter(pair))}.weight", "its counterpart is missing")
     return pairs
+
+
+def targets_weight(config: LoraConfig, module: str) -> bool:
+    """Whether PEFT targeted a module's weight as a parameter, and not the module; the keys are the same."""
+    name = f"{module}.weight"
+    return any(name == target or name.endswith(f".{target}") for target in config.target_parameters or ())
 
 
 def _unknown(folder: Path, key: str, why: str) -> AdapterError:

@@ -18,7 +18,7 @@ from torch import Tensor
 from quant_moelora.core.errors import AdapterError, UnsupportedError
 from quant_moelora.loaders.expert_keys import expert_modules
 from quant_moelora.loaders.families import PARAMETERS, ExpertsSpec
-from quant_moelora.lora.adapter_file import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter, Factor
+from quant_moelora.lora.adapter_file import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter, Factor, targets_weight
 from quant_moelora.lora.fused_form import ROLES_FIXED_IN, FusedForm
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def export_adapter(adapter: Adapter, specs: list[ExpertsSpec], folder: str | Pat
     ``per_expert`` has a pair of factors for each projection of each expert; where a fused file shares A between gate
     and up, both get it. ``fused`` has one pair for each of the experts' two parameters (`FusedForm`). There gate and up
     share A if they have the same one; if not, the parameter has rank 2r, the two A one below the other, and B
-    block-diagonal, at the same scaling (PEFT's own conversion).
+    block-diagonal, at the same scaling (PEFT's own conversion). What is beside the experts is written as it was read,
+    but for routers in the fused form: there they are parameters, as in transformers 5.
 
     Args:
         adapter: from `load_adapter`.
@@ -54,18 +55,19 @@ def export_adapter(adapter: Adapter, specs: list[ExpertsSpec], folder: str | Pat
             f"folder {folder}", got="an adapter in it", rule="a folder without one", remedy="choose another folder"
         )
     layers = {spec.layer: spec for spec in specs}
-    factors: dict[str, Factor] = dict(adapter.linears)
     tensors: dict[str, Tensor] = {}
-    targets = sorted(adapter.linears)
-    parameters: list[str] = []
+    weights = _targeted_weights(adapter, layers, form, model_type)
+    targets = sorted(adapter.linears.keys() - weights)
+    parameters = [f"{name}.weight" for name in adapter.linears if name in weights]
+    written = {name: (factor.a, factor.b) for name, factor in adapter.linears.items()}
+    factors = {f"{name}.weight" if name in weights else name: factor for name, factor in adapter.linears.items()}
     if form == "per_expert":
         for number, held in sorted(adapter.layers.items()):
             modules = expert_modules(layers[number], model_type)
             factors |= {modules[slot]: factor for slot, factor in held.items()}
+            written |= {modules[slot]: (factor.a, factor.b) for slot, factor in held.items()}
             targets += sorted({modules[slot].rpartition(".")[2] for slot in held} - set(targets))
-        written = {name: (factor.a, factor.b) for name, factor in factors.items()}
     else:
-        written = {name: (factor.a, factor.b) for name, factor in factors.items()}
         for name, key, factor, folded in _fused(adapter, layers):
             factors[name], written[key] = factor, folded
             parameters.append(name)
@@ -80,6 +82,31 @@ def export_adapter(adapter: Adapter, specs: list[ExpertsSpec], folder: str | Pat
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def _targeted_weights(adapter: Adapter, layers: Mapping[int, ExpertsSpec], form: Form, model_type: str) -> set[str]:
+    """Modules beside the experts that are written as parameters, by the name of their weight.
+
+    Those that the adapter's own file has so; and, in the fused form, every router, which is no linear layer in
+    transformers 5.
+
+    Raises:
+        AdapterError: a router has the name of transformers 4, and the fused form is asked for.
+    """
+    found = {name for name in adapter.linears if targets_weight(adapter.config, name)}
+    if form == "per_expert":
+        return found
+    for spec in layers.values():
+        block = spec.module.rpartition(".")[0]
+        former = expert_modules(spec, model_type)[0, "up"].partition(".experts.")[0]
+        for name, factor in adapter.linears.items():
+            is_router = (factor.b.shape[0], factor.a.shape[1]) == (spec.num_experts, spec.hidden_size)
+            if not is_router or not name.startswith((f"{block}.", f"{former}.")) or name in found:
+                continue
+            if name.rpartition(".")[0] != block:
+                raise _cannot(adapter, f"a router under the name {name}", f"a router of {block}, as transformers 5 has")
+            found.add(name)
+    return found
 
 
 def _fused(
