@@ -1,7 +1,7 @@
 """attach_adapters: LoRA adapters on a loaded model, chosen row by row with ``adapter_names``.
 
-Factors of routed experts go into the experts' contexts. PEFT serves the plain linear layers (attention and others) with
-its own mixed-batch forward, which takes the same names.
+Factors of routed experts go into the experts' contexts, those of routers into hooks behind them. PEFT serves the plain
+linear layers (attention and others) with its own mixed-batch forward, which takes the same names.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quant_moelora.core.errors import AdapterError, UnsupportedError
+from quant_moelora.integrations.routers import attach_routers, on_device, routers_of
 from quant_moelora.integrations.session import ADAPTER_NAMES, BASE_NAME, AdapterSession
 from quant_moelora.integrations.transformers import FusedExperts, experts_of
 from quant_moelora.loaders.checkpoint import resolve_checkpoint
-from quant_moelora.lora.adapter_file import Adapter, load_adapter
+from quant_moelora.loaders.names import model_names
+from quant_moelora.lora.adapter_file import Adapter, Factor, load_adapter
 from quant_moelora.lora.bank import build_context
 
 _ATTACHED = "_quant_moelora_adapters"  # attribute of the model: what attach_adapters has put on it, by name
@@ -54,16 +57,19 @@ def attach_adapters(model: PreTrainedModel, adapters: Mapping[str, str | Path]) 
     session = next(iter(experts.values())).session
     attached: dict[str, Adapter] = dict(getattr(model, _ATTACHED, {}))
     specs = [module.spec for module in experts.values()]
+    routers = routers_of(model, specs)
     loaded: dict[str, Adapter] = {}
+    routed: dict[str, dict[str, Factor]] = {}
     for name, path in adapters.items():
         _check_name(name, attached)
-        loaded[name] = load_adapter(resolve_checkpoint(path), specs)
-        _check_linears(model, loaded[name])
+        loaded[name] = _as_in_model(load_adapter(resolve_checkpoint(path), specs), model)
+        _check_linears(model, loaded[name], routers)
+        routed[name] = {n: on_device(f, routers[n]) for n, f in loaded[name].linears.items() if n in routers}
     everything = {**attached, **loaded}
     contexts = _contexts(experts, everything, model.dtype)
     try:
         for name, adapter in loaded.items():
-            _inject_linears(model, name, adapter)
+            _inject_linears(model, name, adapter, {n: f for n, f in adapter.linears.items() if n not in routers})
     finally:
         # Without names a PEFT layer applies its newest adapter to every row, also after a failure in between.
         _hook_linears(model, session)
@@ -71,6 +77,7 @@ def attach_adapters(model: PreTrainedModel, adapters: Mapping[str, str | Path]) 
         moe = experts[module_name].moe
         assert moe is not None  # from_pretrained
         moe.attach(ctx)
+    attach_routers(routers, routed, session)
     session.names = list(everything)
     setattr(model, _ATTACHED, everything)
 
@@ -110,46 +117,77 @@ def _base_linear(model: nn.Module, name: str) -> nn.Linear | None:
     return module if isinstance(module, nn.Linear) else None
 
 
-def _check_linears(model: nn.Module, adapter: Adapter) -> None:
-    """Raise unless every plain linear of the adapter is one of the model and has its dimensions.
+def _as_in_model(adapter: Adapter, model: PreTrainedModel) -> Adapter:
+    """The adapter with the model's own names of its linear layers and routers.
+
+    Those of transformers 4, such as ``block_sparse_moe.gate``, go through transformers' renamings.
+
+    Raises:
+        AdapterError: two of its names mean one module.
+    """
+    name_of = model_names(model)
+    linears: dict[str, Factor] = {}
+    for name, factor in adapter.linears.items():
+        key, converted = name_of(f"{name}.weight")
+        own = name if converted or _has_module(model, name) else key.removesuffix(".weight")
+        if own in linears:
+            raise AdapterError(
+                f"adapter {adapter.path}",
+                got=f"LoRA on {name} and under another name on {own}, which is the same module",
+                rule="one pair of factors for a module",
+                remedy="remove one of the two",
+            )
+        linears[own] = factor
+    return replace(adapter, linears=linears)
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _check_linears(model: nn.Module, adapter: Adapter, routers: Mapping[str, nn.Module]) -> None:
+    """Raise unless every other module of the adapter is a linear layer or router of the model, of its dimensions.
 
     Raises:
         AdapterError: it is not.
     """
     for name, factor in adapter.linears.items():
-        linear = _base_linear(model, name)
-        if linear is None:
+        module = routers.get(name) or _base_linear(model, name)
+        if module is None:
             raise AdapterError(
                 f"adapter {adapter.path}",
-                got=f"LoRA on {name}, which is no linear layer or routed expert of the model",
+                got=f"LoRA on {name}, which is no linear layer, router or routed expert of the model",
                 rule="modules of the model",
-                remedy="attach the adapter to the model it was trained on; routers and embeddings are not served",
+                remedy="attach the adapter to the model it was trained on; embeddings are not served",
             )
-        rank = factor.a.shape[0]
-        expected = ((rank, linear.in_features), (linear.out_features, rank))
-        if (tuple(factor.a.shape), tuple(factor.b.shape)) != expected:
+        rank, (n, k) = factor.a.shape[0], module.get_parameter("weight").shape
+        if (tuple(factor.a.shape), tuple(factor.b.shape)) != ((rank, k), (n, rank)):
             raise AdapterError(
                 f"LoRA of {name} in {adapter.path}",
                 got=f"A {list(factor.a.shape)}, B {list(factor.b.shape)}",
-                rule=f"A [r, {linear.in_features}] and B [{linear.out_features}, r]",
+                rule=f"A [r, {k}] and B [{n}, r]",
                 remedy="attach the adapter to the model it was trained on",
             )
 
 
-def _inject_linears(model: PreTrainedModel, name: str, adapter: Adapter) -> None:
+def _inject_linears(model: PreTrainedModel, name: str, adapter: Adapter, linears: Mapping[str, Factor]) -> None:
     """Let PEFT put its layers around the adapter's plain linears, and fill them."""
-    if not adapter.linears:
+    if not linears:
         return
     config = copy.deepcopy(adapter.config)
-    config.target_modules = list(adapter.linears)
+    config.target_modules = list(linears)
     config.target_parameters = None
     config.exclude_modules = None
     config.layers_to_transform = None
     # The ranks of the file, exactly, and alphas that give its scalings without PEFT's patterns entering twice.
     config.use_rslora = False
     config.lora_dropout = 0.0  # of training; PEFT's new layers would start in training mode
-    config.rank_pattern = {module: factor.a.shape[0] for module, factor in adapter.linears.items()}
-    config.alpha_pattern = {module: f.scaling * f.a.shape[0] for module, f in adapter.linears.items()}
+    config.rank_pattern = {module: factor.a.shape[0] for module, factor in linears.items()}
+    config.alpha_pattern = {module: f.scaling * f.a.shape[0] for module, f in linears.items()}
     # PEFT freezes the base. torch chooses between matrix products by requires_grad, which would change the base's bits.
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with warnings.catch_warnings():
@@ -158,7 +196,7 @@ def _inject_linears(model: PreTrainedModel, name: str, adapter: Adapter) -> None
     for parameter in trainable:
         parameter.requires_grad_(True)
     with torch.no_grad():
-        for module_name, factor in adapter.linears.items():
+        for module_name, factor in linears.items():
             module = model.get_submodule(module_name)
             assert isinstance(module, LoraLayer)  # inject_adapter_in_model
             for held, tensor in ((module.lora_A[name], factor.a), (module.lora_B[name], factor.b)):

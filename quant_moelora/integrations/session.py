@@ -65,6 +65,11 @@ class AdapterSession:
             )
         return tuple(name for name in names for _ in range(batch // len(names)))
 
+    @property
+    def chosen(self) -> set[str]:
+        """Adapters of the running forward's rows."""
+        return set(self._rows or ()) - {BASE_NAME}
+
     def row_names(self, rows: int) -> list[str]:
         """Name of each of ``rows`` rows of a module's input: a batch, or a batch of flattened sequences.
 

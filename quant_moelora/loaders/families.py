@@ -37,6 +37,11 @@ _ACTIVATIONS: dict[str, ActivationName] = {
 PARAMETERS: dict[str, Stored] = {"gate_up_proj": "gate_up", "down_proj": "down"}
 
 
+def projections_of(stored: Stored) -> tuple[Projection, ...]:
+    """Projections whose rows a linear layer of a checkpoint, or a parameter, holds."""
+    return ("gate", "up") if stored == "gate_up" else (stored,)
+
+
 @dataclass(frozen=True)
 class ExpertsSpec:
     """The experts module of one layer, as transformers builds it.
@@ -52,6 +57,7 @@ class ExpertsSpec:
         interleaved: whether its gate_up_proj has rows of gate and up in turns, and not all of gate first.
         has_bias: whether its projections have biases.
         router_weight: what the router's weight multiplies; see `MoEQuantInfo`.
+        declared_transposed: whether the module itself says that it is transposed, which is what PEFT goes by.
     """
 
     module: str
@@ -64,6 +70,7 @@ class ExpertsSpec:
     interleaved: bool = False
     has_bias: bool = False
     router_weight: RouterWeight = "output"
+    declared_transposed: bool = False
 
     def linear(self, name: str, stored: Stored) -> LinearSpec:
         """One linear layer of one expert, called ``name`` in the checkpoint."""
@@ -147,7 +154,17 @@ def _spec(name: str, module: nn.Module) -> ExpertsSpec:
     interleaved = not _flag(module, "is_concatenated")
     sizes = (num_experts, hidden_size, intermediate_size)
     weight: RouterWeight = "input" if sorted_input else "output"
-    return ExpertsSpec(name, int(layer[1]), *sizes, activation, interleaved=interleaved, router_weight=weight, **flags)
+    declared = _flag(module, "is_transposed")
+    return ExpertsSpec(
+        name,
+        int(layer[1]),
+        *sizes,
+        activation,
+        interleaved=interleaved,
+        router_weight=weight,
+        declared_transposed=declared,
+        **flags,
+    )
 
 
 # Attributes that transformers' decorator of experts modules sets, and their defaults.

@@ -8,6 +8,9 @@ The "v1" files (checkpoint_format "gptq") hold zero points minus one, subtracted
 int4), so that a zero point of 0 borrows from its neighbour: only adding the whole word back with wrap-around undoes it.
 "gptq_v2" files hold the zero points themselves. So do "gptq_p" files: their
 planar packing is the layout above for 4 and 8 bits (gptqmodel, utils/planar_packing.py).
+
+gptqmodel 4.2.5 rounds N down to a multiple of 32 for qzeros, which are empty for a router of fewer experts: then only a
+symmetric weight is determined.
 """
 
 from __future__ import annotations
@@ -82,7 +85,12 @@ class GPTQ:
         groups = num_groups(spec.k, group_size)
         what = f"{what} group_size {group_size}"
         check_header(headers["scales"], spec, (groups, spec.n), SCALE_DTYPES, what)
-        check_header(headers["qzeros"], spec, (groups, spec.n * bits // 32), (torch.int32,), what)
+        symmetric = bool(config.get("sym", True))
+        tensors = sorted(headers)
+        if symmetric and spec.n < 32 and headers["qzeros"].shape == (groups, 0):
+            tensors.remove("qzeros")
+        else:
+            check_header(headers["qzeros"], spec, (groups, spec.n * bits // 32), (torch.int32,), what)
         if "g_idx" in headers:
             check_header(headers["g_idx"], spec, (spec.k,), (torch.int32,), what)
         elif config.get("desc_act") and groups > 1:
@@ -94,19 +102,21 @@ class GPTQ:
             )
         scale_dtype = headers["scales"].dtype
         assert scale_dtype is not None  # check_header
-        scheme = QuantScheme(bits, group_size, bool(config.get("sym", True)), scale_dtype)
+        scheme = QuantScheme(bits, group_size, symmetric, scale_dtype)
         options = (V1 if version == V1 else V2,)
-        return LinearFormat(self.name, scheme, tuple(sorted(headers)), options, _conflict(names))
+        return LinearFormat(self.name, scheme, tuple(tensors), options, _conflict(names))
 
     def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec, fmt: LinearFormat) -> CanonicalWeight:
         """See `Codec.decode`."""
         scheme = fmt.scheme
         assert scheme is not None  # describe
-        stored = tensors["qzeros"]
-        if V1 in fmt.options:
-            stored = stored + _V1_OFFSET[scheme.bits]  # int32 addition wraps
-        zeros = unpack_words(stored, scheme.bits, -1)
-        if scheme.symmetric:
+        zeros = None
+        if "qzeros" in tensors:
+            stored = tensors["qzeros"]
+            if V1 in fmt.options:
+                stored = stored + _V1_OFFSET[scheme.bits]  # int32 addition wraps
+            zeros = unpack_words(stored, scheme.bits, -1)
+        if scheme.symmetric and zeros is not None:
             check_symmetric(zeros, spec, scheme)
         g_idx = tensors.get("g_idx")
         if g_idx is not None and trivial_g_idx(g_idx, scheme.group_size):
@@ -115,7 +125,7 @@ class GPTQ:
             scheme=scheme,
             codes=unpack_words(tensors["qweight"], scheme.bits, -2).transpose(-1, -2).contiguous(),
             scales=tensors["scales"].transpose(-1, -2).contiguous(),
-            zeros=None if scheme.symmetric else zeros.transpose(-1, -2).contiguous(),
+            zeros=None if scheme.symmetric or zeros is None else zeros.transpose(-1, -2).contiguous(),
             g_idx=g_idx,
         )
 

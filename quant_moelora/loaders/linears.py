@@ -1,4 +1,4 @@
-"""Quantised linear layers beside the experts: attention, dense MLPs, lm_head."""
+"""Quantised linear layers beside the experts: attention, routers, dense MLPs, lm_head."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
 from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader
 from quant_moelora.loaders.codec import LinearSpec
 from quant_moelora.loaders.expert_keys import parse_expert_module
+from quant_moelora.loaders.families import find_experts
 from quant_moelora.loaders.layer_format import LayerFormat
 from quant_moelora.loaders.names import model_names
 from quant_moelora.loaders.registry import QUANTIZED_SUFFIXES, StoredLinear, describe_linear
+from quant_moelora.loaders.routers import find_routers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,41 +44,54 @@ def describe_linears(
         layers: the experts, whose tensors may be fused.
 
     Raises:
-        UnsupportedError: such a module is no plain linear layer of the model.
-        FormatError: its tensors contradict the model's dimensions or the config, or are there under two names.
+        UnsupportedError: such a module is no linear layer or router of the model, or transformers converts its weight.
+        FormatError: its tensors contradict the model's dimensions or the config, or there are two of it.
     """
     modules, name_of = dict(model.named_modules()), model_names(model)
+    routers = find_routers(model, find_experts(model))
     # Patterns of what a checkpoint holds beside the model, such as layers for multi-token prediction.
     beside: Iterable[str] = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     experts = {header.key for layer in layers for header in layer.headers()}
     found: dict[str, StoredLinear] = {}
-    for name, headers in checkpoint.modules().items():
-        if parse_expert_module(name) or not _is_quantized(headers):
+    for stored, headers in checkpoint.modules().items():
+        if parse_expert_module(stored) or not _is_quantized(headers):
             continue
         if any(header.key in experts for header in headers.values()):
             continue
-        if any(re.search(pattern, f"{name}.weight") for pattern in beside):
+        if any(re.search(pattern, f"{stored}.weight") for pattern in beside):
             continue
-        key, converted = name_of(f"{name}.weight")
-        own_name = key.removesuffix(".weight")
-        module = None if converted else modules.get(own_name)
-        if not isinstance(module, nn.Linear):
+        key, converted = name_of(f"{stored}.weight")
+        name = key.removesuffix(".weight")
+        module = modules.get(name)
+        if converted or module is None or not (isinstance(module, nn.Linear) or name in routers):
+            held = f"{type(module).__name__} in the model" if module else "nothing of that name in the model"
             raise UnsupportedError(
-                f"quantised module {name}",
-                got=f"{type(module).__name__ if module else 'nothing of that name'} in the model",
-                rule="a linear layer",
+                f"quantised module {stored}",
+                got=f"a weight that transformers converts into {key}" if converted else held,
+                rule="a linear layer or a router",
                 remedy="quantise the model without it",
             )
-        if own_name in found:
+        if key in tied:
             raise FormatError(
-                f"linear layer {own_name}",
-                got=f"{found[own_name].spec.module} and {name}",
-                rule="one set of tensors for it",
+                f"quantised module {stored}",
+                got=f"tied to {tied[key]}, as config.json says",
+                rule="a weight of its own",
+                remedy="set tie_word_embeddings to false in config.json if the embeddings stand beside it",
+            )
+        if name in found:
+            raise FormatError(
+                f"quantised module {stored}",
+                got=f"{found[name].spec.module} too",
+                rule=f"one set of tensors for {name}",
                 remedy="remove one of the two from the checkpoint",
             )
-        spec = LinearSpec(name, module.out_features, module.in_features)
-        own = {suffix: header for suffix, header in headers.items() if suffix != "bias"}
-        found[own_name] = describe_linear(checkpoint, spec, own)
+        n, k = module.get_parameter("weight").shape
+        spec = LinearSpec(stored, n, k)
+        # What else the module has, a bias or a router's correction, no format changes and transformers loads.
+        others = {"bias", *dict(module.named_parameters()), *dict(module.named_buffers())} - {"weight"}
+        own = {suffix: header for suffix, header in headers.items() if suffix not in others}
+        found[name] = describe_linear(checkpoint, spec, own)
     return found
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from quant_moelora.core.errors import AdapterError
 from quant_moelora.core.weights import DENSE_DTYPES
 from quant_moelora.loaders.expert_keys import parse_expert_module
-from quant_moelora.loaders.families import ExpertsSpec, Projection
+from quant_moelora.loaders.families import PARAMETERS, ExpertsSpec, Projection
+from quant_moelora.lora.fused_form import ROLES_FIXED_IN, FusedForm
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -29,9 +30,6 @@ PREFIX = "base_model.model."
 _SUFFIX = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 # base_layer is the inner wrapper of PEFT's nesting: the first of the targeted parameters
 _FUSED_MODULE = re.compile(r"(?P<experts>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?experts)(?P<inner>\.base_layer)?")
-_FUSED_PARAMETERS = ("gate_up_proj", "down_proj")  # in the order in which the experts module registers them
-# peft 0.17 to 0.19.0 took a parameter [E, out, in] for [E, in, out] (peft pull request 3165, fixed in 0.19.1)
-_ROLES_FIXED_IN = "0.19.1"
 # Settings of LoraConfig that are read here, or that say nothing of what the saved factors mean.
 _UNDERSTOOD = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "target_parameters"),
@@ -64,7 +62,7 @@ class Adapter:
         path: its folder.
         config: PEFT's config.
         layers: factors of the routed experts, by layer.
-        linears: factors of all other modules (attention and other plain linear layers), by module.
+        linears: factors of all other modules (attention, other linear layers and routers), by module.
     """
 
     path: Path
@@ -84,20 +82,17 @@ def load_adapter(path: str | Path, specs: list[ExpertsSpec]) -> Adapter:
     config, tensors = _read(folder)
     _refuse(config, folder)
     adapter = Adapter(folder, config)
-    layers = {spec.layer: spec for spec in specs}
-    for module, pair in _pairs(tensors, folder).items():
-        expert, fused = parse_expert_module(module), _FUSED_MODULE.fullmatch(module)
-        if expert is None and fused is None:
-            adapter.linears[module] = Factor(pair["A"], pair["B"], _scaling(config, module, pair["A"].shape[0]))
-            continue
-        number = expert[0] if expert else int(fused["layer"]) if fused else -1
-        if number not in layers:
-            raise _unknown(folder, module, f"no routed experts in layer {number}")
-        factors = adapter.layers.setdefault(number, {})
-        if expert:
-            factors[expert[1:]] = _per_expert(config, layers[number], module, expert[1:], pair, folder)
-        elif fused:
-            factors.update(_fused(config, layers[number], fused, pair, folder))
+    layers, pairs = {spec.layer: spec for spec in specs}, _pairs(tensors, folder)
+    adapter.layers.update(_fused(config, pairs, layers, folder))
+    for module, pair in pairs.items():
+        expert = parse_expert_module(module)
+        if expert is not None:
+            spec = _spec_of(layers, expert[0], module, folder)
+            factor = _per_expert(config, spec, module, expert[1:], pair, folder)
+            adapter.layers.setdefault(expert[0], {})[expert[1:]] = factor
+        elif _FUSED_MODULE.fullmatch(module) is None:
+            name = f"{module}.weight" if targets_weight(config, module) else module
+            adapter.linears[module] = Factor(pair["A"], pair["B"], _scaling(config, name, pair["A"].shape[0]))
     if not adapter.layers and not adapter.linears:
         raise AdapterError(
             f"adapter {folder}",
@@ -191,6 +186,12 @@ def _check_factor(
     )
 
 
+def targets_weight(config: LoraConfig, module: str) -> bool:
+    """Whether PEFT targeted a module's weight as a parameter, and not the module; the keys are the same."""
+    name = f"{module}.weight"
+    return any(name == target or name.endswith(f".{target}") for target in config.target_parameters or ())
+
+
 def _unknown(folder: Path, key: str, why: str) -> AdapterError:
     return AdapterError(
         f"adapter {folder}",
@@ -235,54 +236,51 @@ def _per_expert(
 
 
 def _fused(
-    config: LoraConfig, spec: ExpertsSpec, match: re.Match[str], pair: Mapping[str, Tensor], folder: Path
-) -> LayerFactors:
-    """LoRA on a fused parameter of all experts: A [E*r, K] seen as (E, r, K), B [N, r*E] seen as (N, r, E)."""
-    parameter = _targeted_parameter(config, match, folder)
-    if spec.transposed or spec.interleaved:
-        raise AdapterError(
-            f"LoRA of {match['experts']}.{parameter} in {folder / WEIGHTS_FILE}",
-            got="a fused form for a parameter that is [E, K, N], or holds gate and up in turns",
-            rule="an adapter of per-expert modules for this family",
-            remedy="split the adapter by expert and projection",
-        )
-    experts, inter, hidden = spec.num_experts, spec.intermediate_size, spec.hidden_size
-    n, k = (hidden, inter) if parameter == "down_proj" else (2 * inter, hidden)
-    a, b = pair["A"], pair["B"]
-    rank = a.shape[0] // experts
-    name = f"{match['experts']}.{parameter}"
-    shapes_fit = a.shape[0] == b.shape[1] == experts * rank and rank > 0
-    current = shapes_fit and (b.shape[0], a.shape[1]) == (n, k)
-    swapped = shapes_fit and (b.shape[0], a.shape[1]) == (k, n)
-    if not current and not swapped:
-        raise AdapterError(
-            f"LoRA of {name} in {folder / WEIGHTS_FILE}",
-            got=f"A {list(a.shape)}, B {list(b.shape)}",
-            rule=f"A [{experts}*r, {k}] and B [{n}, r*{experts}]",
-            remedy="attach the adapter to the model it was trained on",
-        )
-    if current and swapped:
-        swapped = _roles_swapped(name, folder)
-    a_experts = a.view(experts, rank, -1)  # (E, r, K)
-    b_experts = b.view(b.shape[0], rank, experts).permute(2, 0, 1)  # (E, N, r)
-    if swapped:
-        a_experts, b_experts = b_experts.transpose(1, 2), a_experts.transpose(1, 2)
-    scaling = _scaling(config, name, rank)
-    factors: LayerFactors = {}
-    for expert in range(experts):
-        a_one, b_one = a_experts[expert], b_experts[expert]
-        if parameter == "down_proj":
-            factors[expert, "down"] = Factor(a_one, b_one, scaling)
-        else:
-            factors[expert, "gate"] = Factor(a_one, b_one[:inter], scaling)
-            factors[expert, "up"] = Factor(a_one, b_one[inter:], scaling)
+    config: LoraConfig, pairs: Mapping[str, Mapping[str, Tensor]], layers: Mapping[int, ExpertsSpec], folder: Path
+) -> dict[int, LayerFactors]:
+    """Factors, by layer, of the fused modules among ``pairs``."""
+    found: list[tuple[FusedForm, Tensor, Tensor, set[bool]]] = []
+    for module, pair in pairs.items():
+        match = _FUSED_MODULE.fullmatch(module)
+        if match is None:
+            continue
+        form = FusedForm(_spec_of(layers, int(match["layer"]), module, folder), _target(config, match, folder))
+        a, b = pair["A"], pair["B"]
+        fitting = form.fitting(a, b)
+        if not fitting:
+            experts = form.spec.num_experts
+            raise AdapterError(
+                f"LoRA of {form.name} in {folder / WEIGHTS_FILE}",
+                got=f"A {list(a.shape)}, B {list(b.shape)}",
+                rule=f"A [{experts}*r, {form.k}] and B [{form.n}, r*{experts}]",
+                remedy="attach the adapter to the model it was trained on",
+            )
+        found.append((form, a, b, fitting))
+    # One PEFT wrote all of them: where a square parameter does not tell which roles A and B have, another one does.
+    told = {next(iter(fitting)) for _, _, _, fitting in found if len(fitting) == 1}
+    factors: dict[int, LayerFactors] = {}
+    for form, a, b, fitting in found:
+        known = fitting if len(fitting) == 1 else told
+        swapped = next(iter(known)) if len(known) == 1 else _roles_swapped(form, folder)
+        a_experts, b_experts = form.unfold(a, b, swapped)
+        scaling = _scaling(config, form.name, a_experts.shape[1])
+        layer = factors.setdefault(form.spec.layer, {})
+        for expert in range(form.spec.num_experts):
+            a_one, b_one = a_experts[expert], b_experts[expert]
+            layer |= {(expert, p): Factor(a_one, b_one[form.rows(p)], scaling) for p in form.projections}
     return factors
 
 
-def _targeted_parameter(config: LoraConfig, match: re.Match[str], folder: Path) -> str:
+def _spec_of(layers: Mapping[int, ExpertsSpec], number: int, module: str, folder: Path) -> ExpertsSpec:
+    if number not in layers:
+        raise _unknown(folder, module, f"no routed experts in layer {number}")
+    return layers[number]
+
+
+def _target(config: LoraConfig, match: re.Match[str], folder: Path) -> str:
     """Which parameter a fused key means: PEFT nests the wrappers of one module and writes no parameter's name."""
     targets = config.target_parameters or []
-    targeted = [name for name in _FUSED_PARAMETERS if any(t.rpartition(".")[2] == name for t in targets)]
+    targeted = [name for name in PARAMETERS if any(t.rpartition(".")[2] == name for t in targets)]
     if len(targeted) == 2:
         return targeted[0] if match["inner"] else targeted[1]
     if len(targeted) == 1 and not match["inner"]:
@@ -295,18 +293,20 @@ def _targeted_parameter(config: LoraConfig, match: re.Match[str], folder: Path) 
     )
 
 
-def _roles_swapped(name: str, folder: Path) -> bool:
+def _roles_swapped(form: FusedForm, folder: Path) -> bool:
     """Whether the version of PEFT that wrote a square parameter, whose shapes do not tell, swapped A and B."""
     from packaging.version import InvalidVersion, Version
 
     # From the file, since PEFT fills in its own version where there is none; a development version ends in @commit.
     written_by = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("peft_version")
     try:
-        return Version(str(written_by).partition("@")[0]).release < Version(_ROLES_FIXED_IN).release
+        return form.swapped_by(Version(str(written_by).partition("@")[0]))
     except InvalidVersion as error:
+        if form.swapped_by(Version("0")) == form.swapped_by(Version(ROLES_FIXED_IN)):
+            return form.swapped_by(Version(ROLES_FIXED_IN))
         raise AdapterError(
-            f"LoRA of {name} in {folder}",
+            f"LoRA of {form.name} in {folder}",
             got=f"a square parameter and peft_version {written_by}",
-            rule=f"peft_version in {CONFIG_FILE}, since PEFT before {_ROLES_FIXED_IN} swapped A and B",
+            rule=f"peft_version in {CONFIG_FILE}, since PEFT before {ROLES_FIXED_IN} swapped A and B",
             remedy="write the version of PEFT that saved the adapter into its config",
         ) from error

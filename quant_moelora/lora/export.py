@@ -11,28 +11,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
+from packaging.version import Version
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quant_moelora.core.errors import AdapterError, UnsupportedError
 from quant_moelora.loaders.expert_keys import expert_modules
-from quant_moelora.loaders.families import ExpertsSpec, Projection
-from quant_moelora.lora.adapter_file import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter, Factor
+from quant_moelora.loaders.families import PARAMETERS, ExpertsSpec, projections_of
+from quant_moelora.lora.adapter_file import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter, Factor, targets_weight
+from quant_moelora.lora.fused_form import ROLES_FIXED_IN, FusedForm
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 Form = Literal["fused", "per_expert"]
-_PARAMETERS: dict[str, tuple[Projection, ...]] = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
 def export_adapter(adapter: Adapter, specs: list[ExpertsSpec], folder: str | Path, form: Form, model_type: str) -> None:
     """Write the adapter, bit for bit, into a new folder.
 
     ``per_expert`` has a pair of factors for each projection of each expert; where a fused file shares A between gate
-    and up, both get it. ``fused`` has one pair for each of the experts' two parameters: A [E*r, K] expert-major and
-    B [N, r*E] rank-major. There gate and up share A if they have the same one; if not, the parameter has rank 2r, the
-    two A one below the other, and B block-diagonal, at the same scaling (PEFT's own conversion).
+    and up, both get it. ``fused`` has one pair for each of the experts' two parameters (`FusedForm`). There gate and up
+    share A if they have the same one; if not, the parameter has rank 2r, the two A one below the other, and B
+    block-diagonal, at the same scaling (PEFT's own conversion). What is beside the experts is written as it was read,
+    but for routers in the fused form: there they are parameters, as in transformers 5.
 
     Args:
         adapter: from `load_adapter`.
@@ -53,18 +55,19 @@ def export_adapter(adapter: Adapter, specs: list[ExpertsSpec], folder: str | Pat
             f"folder {folder}", got="an adapter in it", rule="a folder without one", remedy="choose another folder"
         )
     layers = {spec.layer: spec for spec in specs}
-    factors: dict[str, Factor] = dict(adapter.linears)
     tensors: dict[str, Tensor] = {}
-    targets = sorted(adapter.linears)
-    parameters: list[str] = []
+    weights = _targeted_weights(adapter, layers, form, model_type)
+    targets = sorted(adapter.linears.keys() - weights)
+    parameters = [f"{name}.weight" for name in adapter.linears if name in weights]
+    written = {name: (factor.a, factor.b) for name, factor in adapter.linears.items()}
+    factors = {f"{name}.weight" if name in weights else name: factor for name, factor in adapter.linears.items()}
     if form == "per_expert":
         for number, held in sorted(adapter.layers.items()):
             modules = expert_modules(layers[number], model_type)
             factors |= {modules[slot]: factor for slot, factor in held.items()}
+            written |= {modules[slot]: (factor.a, factor.b) for slot, factor in held.items()}
             targets += sorted({modules[slot].rpartition(".")[2] for slot in held} - set(targets))
-        written = {name: (factor.a, factor.b) for name, factor in factors.items()}
     else:
-        written = {name: (factor.a, factor.b) for name, factor in factors.items()}
         for name, key, factor, folded in _fused(adapter, layers):
             factors[name], written[key] = factor, folded
             parameters.append(name)
@@ -81,11 +84,39 @@ def export_adapter(adapter: Adapter, specs: list[ExpertsSpec], folder: str | Pat
     config.save_pretrained(str(folder))
 
 
+def _targeted_weights(adapter: Adapter, layers: Mapping[int, ExpertsSpec], form: Form, model_type: str) -> set[str]:
+    """Modules beside the experts that are written as parameters, by the name of their weight.
+
+    Those that the adapter's own file has so; and, in the fused form, every router, which is no linear layer in
+    transformers 5.
+
+    Raises:
+        AdapterError: a router has the name of transformers 4, and the fused form is asked for.
+    """
+    found = {name for name in adapter.linears if targets_weight(adapter.config, name)}
+    if form == "per_expert":
+        return found
+    for spec in layers.values():
+        block = spec.module.rpartition(".")[0]
+        former = expert_modules(spec, model_type)[0, "up"].partition(".experts.")[0]
+        for name, factor in adapter.linears.items():
+            is_router = (factor.b.shape[0], factor.a.shape[1]) == (spec.num_experts, spec.hidden_size)
+            if not is_router or not name.startswith((f"{block}.", f"{former}.")) or name in found:
+                continue
+            if name.rpartition(".")[0] != block:
+                raise _cannot(adapter, f"a router under the name {name}", f"a router of {block}, as transformers 5 has")
+            found.add(name)
+    return found
+
+
 def _fused(
     adapter: Adapter, layers: Mapping[int, ExpertsSpec]
 ) -> Iterator[tuple[str, str, Factor, tuple[Tensor, Tensor]]]:
     """Of every parameter touched: its name, the module it is written as, rank and scaling as a factor, and A and B."""
-    touched = {n: [p for p, of in _PARAMETERS.items() if any(q in of for _, q in f)] for n, f in adapter.layers.items()}
+    touched = {
+        n: [p for p, of in PARAMETERS.items() if any(q in projections_of(of) for _, q in f)]
+        for n, f in adapter.layers.items()
+    }
     first = next(iter(touched.values()), [])
     for number, factors in sorted(adapter.layers.items()):
         spec, parameters = layers[number], touched[number]
@@ -93,9 +124,10 @@ def _fused(
             # A key names no parameter; that only one is targeted is said for all layers together.
             raise _cannot(adapter, f"{', '.join(parameters)} in layer {number}", f"{', '.join(first)} in every layer")
         for parameter in parameters:
-            name = f"{spec.module}.{parameter}"
+            form = FusedForm(spec, parameter)
+            name = form.name
             parts = [
-                _expert(adapter, name, expert, [factors.get((expert, p)) for p in _PARAMETERS[parameter]])
+                _expert(adapter, name, expert, [factors.get((expert, p)) for p in form.projections])
                 for expert in range(spec.num_experts)
             ]
             widest = max(len(a) for a, _, _ in parts)  # where any expert has two A, all have
@@ -105,9 +137,9 @@ def _fused(
                 found = ", ".join(f"rank {rank} scaling {scaling:g}" for rank, scaling in sorted(facts))
                 raise _cannot(adapter, f"experts of {name} with {found}", "one rank and one scaling for all experts")
             a = torch.stack([torch.cat(a) for a, _, _ in parts])  # (E, r, K)
-            b = torch.stack([_rows(a, b) for a, b, _ in parts])  # (E, N, r)
+            b = torch.stack([form.joined(_columns(a, b)) for a, b, _ in parts])  # (E, N, r)
             inner = ".base_layer" if parameter != parameters[-1] else ""
-            folded = (a.flatten(0, 1), b.permute(1, 2, 0).flatten(1))
+            folded = form.fold(a, b, form.swapped_by(Version(ROLES_FIXED_IN)))
             yield name, f"{spec.module}{inner}", Factor(a[0], b[0], parts[0][2]), folded
 
 
@@ -127,9 +159,11 @@ def _expert(
     return a, [factor.b for factor in held], held[0].scaling
 
 
-def _rows(a: list[Tensor], b: list[Tensor]) -> Tensor:  # (N, r)
-    """B of all projections: below one another for a shared A, block-diagonal otherwise."""
-    return torch.cat(b) if len(a) == 1 else torch.block_diag(*b)
+def _columns(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:  # (N of the projection, r) each
+    """B of the projections as they are for a shared A; otherwise each over columns of its own, block-diagonal."""
+    if len(a) == 1:
+        return b
+    return list(torch.block_diag(*b).split([len(part) for part in b]))
 
 
 def _cannot(adapter: Adapter, got: str, rule: str) -> AdapterError:

@@ -105,9 +105,12 @@ def writer(tensors: Tensors, **config: Any) -> Writer:
 MISFITS: dict[str, tuple[Writer, str]] = {
     "nothing applies": (
         writer(linear_lora("transformer.h.0.attn.c_attn", 8, 8)),
-        r"transformer\.h\.0\.attn\.c_attn, which is no linear layer or routed expert",
+        r"transformer\.h\.0\.attn\.c_attn, which is no linear layer, router or routed expert",
     ),
-    "router": (writer(linear_lora(f"{LAYER}.mlp.gate", 8, 128)), r"LoRA on model\.layers\.0\.mlp\.gate, .*routers"),
+    "router of another K": (
+        writer(linear_lora(f"{LAYER}.mlp.gate", 8, 64)),
+        r"mlp\.gate in .*A \[4, 64\].*A \[r, 128\]",
+    ),
     "embedding": (writer(linear_lora("model.embed_tokens", 256, 128)), r"LoRA on model\.embed_tokens"),
     "dense MLP of a MoE layer": (writer(linear_lora(f"{LAYER}.mlp.up_proj", 96, 128)), r"mlp\.up_proj, which is no"),
     "some of it unknown": (

@@ -12,15 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quant_moelora.core.errors import AdapterError, FormatError, MissingTensorError, UnsupportedError
-from quant_moelora.integrations.adapters import attach_adapters
+from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
 from quant_moelora.integrations.parity import dense_twin, relative_rms
 from quant_moelora.integrations.transformers import experts_of
 from quant_moelora.integrations.verify import verify
 from quant_moelora.loaders.expert_keys import parse_expert_module
 from quant_moelora.loaders.experts import load_experts
 from quant_moelora.loaders.families import find_experts
-from tests.adapters import Tensors, write_adapter
+from tests.adapters import Tensors
 from tests.checkpoints import ENCODERS, Linear, gptq_v2, quantization_config, write_checkpoint
 from tests.integrations.models import EFFECT, HONEST, difference, load, logits
 
@@ -300,15 +299,6 @@ def test_verify_of_renamed_experts(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path, "granitemoe")
     found = verify(folder, folder)
     assert found.ok and all(row.relative_error == 0 for row in found.projections)
-
-
-def test_fused_adapters_of_gpt_oss_are_refused(tmp_path: Path) -> None:
-    folder, _ = saved(tmp_path / "m", "gpt_oss")
-    factors = {"A": torch.zeros(EXPERTS * 2, INTER), "B": torch.zeros(HIDDEN, 2 * EXPERTS)}
-    tensors = {f"model.layers.1.mlp.experts.lora_{name}.weight": tensor for name, tensor in factors.items()}
-    adapter = write_adapter(tmp_path / "a", tensors, target_parameters=["mlp.experts.down_proj"])
-    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.experts\.down_proj.*per-expert modules"):
-        attach_adapters(load(folder), {"a": adapter})
 
 
 @pytest.mark.parametrize("fmt", ["compressed-tensors", "gptq_v2", "dense"])

@@ -80,7 +80,7 @@ def test_unknown_activation_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_gpt_oss(tmp_path: Path) -> None:
     swiglu = Activation("swigluoai", alpha=1.702, limit=7.0)
-    flags: dict[str, Any] = {"transposed": True, "interleaved": True, "has_bias": True}
+    flags: dict[str, Any] = {"transposed": True, "interleaved": True, "has_bias": True, "declared_transposed": True}
     assert specs(tmp_path, GPT_OSS) == [ExpertsSpec("model.layers.0.mlp.experts", 0, 2, 64, 64, swiglu, **flags)]
 
 

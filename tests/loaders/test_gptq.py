@@ -257,7 +257,7 @@ def test_three_bits_are_refused_by_number() -> None:
     ("suffix", "tensor", "message"),
     [
         ("qweight", torch.zeros(15, 16, dtype=torch.int32), r"qweight: got shape \[15, 16\], expected \[16, 16\]"),
-        ("qzeros", torch.zeros(4, 0, dtype=torch.int32), r"qzeros: got shape \[4, 0\], expected \[4, 2\]"),
+        ("qzeros", torch.zeros(4, 1, dtype=torch.int32), r"qzeros: got shape \[4, 1\], expected \[4, 2\]"),
         ("g_idx", torch.zeros(127, dtype=torch.int32), r"g_idx: got shape \[127\], expected \[128\]"),
         ("scales", torch.zeros(4, 16), "scales: got dtype torch.float32, expected torch.float16 or torch.bfloat16"),
         ("qweight", torch.zeros(16, 16, dtype=torch.int64), "qweight: got dtype torch.int64, expected torch.int32"),
@@ -268,6 +268,25 @@ def test_tensors_of_another_shape_or_dtype(suffix: str, tensor: torch.Tensor, me
     linear = random_linear(np.random.default_rng(0), 16, 128)
     with pytest.raises(FormatError, match=rf"{message}.*{MODULE}\.{suffix} in model.safetensors"):
         decode({**gptq_v1(linear), suffix: tensor}, linear, quantization_config("gptq", linear))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_empty_zero_points_of_a_symmetric_router(version: str, bits: int) -> None:
+    """gptqmodel 4.2.5 makes room for N // 32 * bits words a group, and so for none with 8 experts."""
+    linear = random_linear(np.random.default_rng(0), 8, 128, bits=bits, act_order=True)
+    tensors = {**ENCODERS[version](linear), "qzeros": torch.zeros(4, 0, dtype=torch.int32)}
+    weight = decode(tensors, linear, quantization_config(version, linear))
+    assert torch.equal(weight.dequantize(), linear.weight)
+
+
+@pytest.mark.parametrize(("n", "symmetric"), [(8, False), (32, True), (40, False)])
+def test_empty_zero_points_elsewhere(n: int, symmetric: bool) -> None:
+    """They say nothing of an asymmetric weight, and nobody writes them for 32 outputs and more."""
+    linear = random_linear(np.random.default_rng(0), n, 128, symmetric=symmetric)
+    tensors = {**gptq_v1(linear), "qzeros": torch.zeros(4, 0, dtype=torch.int32)}
+    with pytest.raises(FormatError, match=rf"qzeros: got shape \[4, 0\], expected \[4, {n // 8}\]"):
+        decode(tensors, linear, quantization_config("gptq", linear))
 
 
 @pytest.mark.parametrize(("n", "k"), [(20, 64), (16, 60)])

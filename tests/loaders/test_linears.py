@@ -104,15 +104,76 @@ def test_shared_experts_and_lm_head_are_linears(tmp_path: Path) -> None:
     assert describe_linears(checkpoint, skeleton).keys() == linears.keys()
 
 
-def test_router_is_no_linear(tmp_path: Path) -> None:
-    """gptqmodel 4.2.5 quantises it if it is not told otherwise."""
+# A family, and what its own checkpoints and its model call a router or an attention layer.
+RENAMED = [
+    ("qwen3_moe", "model.layers.0.mlp.gate", "model.layers.0.mlp.gate"),
+    ("mixtral", "model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.gate"),
+    ("phimoe", "model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.router"),
+    ("granitemoe", "model.layers.0.block_sparse_moe.router.layer", "model.layers.0.block_sparse_moe.router"),
+    ("qwen3_5_moe_text", "model.language_model.layers.0.mlp.gate", "model.layers.0.mlp.gate"),
+    ("qwen3_5_moe_text", "model.language_model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj"),
+]
+
+
+@pytest.mark.parametrize("fmt", ENCODERS)
+@pytest.mark.parametrize(("model_type", "stored", "name"), RENAMED)
+def test_routers_and_renamed_modules(tmp_path: Path, fmt: str, model_type: str, stored: str, name: str) -> None:
+    """gptqmodel 4.2.5 and AutoAWQ quantise the router if they are not told otherwise."""
+    config = qwen3_config(8, 64, 32, model_type=model_type, num_local_experts=8)
+    config |= {"layer_types": ["full_attention"]} if "qwen3_5" in model_type else {}
+    rows = 128 if name.endswith("q_proj") else 8  # qwen3.5's q_proj has a gate of its own
+    linear = random_linear(np.random.default_rng(0), rows, 64, bits=BITS.get(fmt, (4,))[0])
+    tensors, quantization = encode(fmt, {stored: linear}), quantization_config(fmt, linear)
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, config, quantization))
+    found = describe_linears(checkpoint, build_skeleton(checkpoint))
+    assert {own: held.spec.module for own, held in found.items()} == {name: stored}
+    assert torch.equal(dequantize_linear(checkpoint, found[name], CPU), linear.weight)
+
+
+def test_one_module_under_two_names(tmp_path: Path) -> None:
     linear = random_linear(np.random.default_rng(0), 8, 64)
-    tensors = encode("gptq", {"model.layers.0.mlp.gate": linear})
-    config = qwen3_config(8, 64, 32)
+    names = ("model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.gate")
+    config = qwen3_config(8, 64, 32, model_type="mixtral", num_local_experts=8)
+    tensors = encode("gptq", dict.fromkeys(names, linear))
     checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, config, quantization_config("gptq", linear)))
-    message = r"quantised module model\.layers\.0\.mlp\.gate: got \w*Router in the model, expected a linear layer"
+    with pytest.raises(FormatError, match=rf"module {names[1]}: got {names[0]} too.*one set of tensors for {names[1]}"):
+        describe_linears(checkpoint, build_skeleton(checkpoint))
+
+
+def test_bias_that_the_model_does_not_have(tmp_path: Path) -> None:
+    """Older tools write zeros; transformers reports the tensor."""
+    linear = random_linear(np.random.default_rng(0), 16, 64)
+    tensors = encode("gptq", {"a": linear}) | {"a.bias": torch.zeros(16)}
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, quantization=quantization_config("gptq", linear)))
+    skeleton = model()
+    skeleton.add_module("a", nn.Linear(64, 16, bias=False, device="meta"))
+    found = describe_linears(checkpoint, skeleton)
+    assert torch.equal(dequantize_linear(checkpoint, found["a"], CPU), linear.weight)
+
+
+def test_embedding_is_no_linear(tmp_path: Path) -> None:
+    """Also where it has the shape of a router."""
+    linear = random_linear(np.random.default_rng(0), 64, 64)
+    tensors = encode("gptq", {"model.embed_tokens": linear})
+    config = qwen3_config(64, 64, 32)
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, config, quantization_config("gptq", linear)))
+    message = r"quantised module model\.embed_tokens: got Embedding in the model, expected a linear layer or a router"
     with pytest.raises(UnsupportedError, match=message):
         describe_linears(checkpoint, build_skeleton(checkpoint))
+
+
+def test_tied_lm_head_has_no_weight_of_its_own(tmp_path: Path) -> None:
+    """To dequantise it would overwrite the embeddings."""
+    linear = random_linear(np.random.default_rng(0), 64, 64)
+    tensors, config = encode("gptq", {"lm_head": linear}), quantization_config("gptq", linear)
+    for tied in (True, False):
+        model = qwen3_config(4, 64, 32, tie_word_embeddings=tied)
+        checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, model, config))
+        if not tied:
+            assert [*describe_linears(checkpoint, build_skeleton(checkpoint))] == ["lm_head"]
+            continue
+        with pytest.raises(FormatError, match=r"lm_head: got tied to model\.embed_tokens\.weight.*tie_word_embeddings"):
+            describe_linears(checkpoint, build_skeleton(checkpoint))
 
 
 def test_module_that_the_model_does_not_have(tmp_path: Path) -> None:
@@ -141,7 +202,9 @@ def test_names_of_a_multimodal_checkpoint(tmp_path: Path, model_type: str, prefi
     assert torch.equal(weight, linear.weight)
     tensors |= encode("gptq", {"model.layers.3.self_attn.o_proj": linear})
     write_checkpoint(tmp_path, tensors, config, quantization_config("gptq", linear))
-    with pytest.raises(FormatError, match=r"linear layer model\.layers\.3.*one set of tensors for it"):
+    with pytest.raises(
+        FormatError, match=r"quantised module model\.layers\.3.*one set of tensors for model\.layers\.3"
+    ):
         describe_linears(Checkpoint(tmp_path), build_skeleton(checkpoint))
 
 
@@ -154,7 +217,9 @@ def test_module_that_transformers_converts(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: [converter])
     linear = random_linear(np.random.default_rng(0), 16, 64)
     checkpoint = Checkpoint(write_checkpoint(tmp_path, encode("compressed-tensors", {"b": linear})))
-    with pytest.raises(UnsupportedError, match=r"quantised module b: got nothing of that name in the model"):
+    with pytest.raises(
+        UnsupportedError, match=r"quantised module b: got a weight that transformers converts into a\.weight"
+    ):
         describe_linears(checkpoint, model(a=(16, 64)))
 
 

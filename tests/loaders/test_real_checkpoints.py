@@ -16,7 +16,7 @@ from quant_moelora.loaders.checkpoint import Checkpoint
 from quant_moelora.loaders.experts import load_layer
 from quant_moelora.loaders.families import build_skeleton
 from quant_moelora.loaders.layer_format import describe_layers
-from quant_moelora.loaders.linears import describe_linears
+from quant_moelora.loaders.linears import dequantize_linear, describe_linears
 from tests.checkpoints import (
     BITS,
     ENCODERS,
@@ -37,6 +37,7 @@ from tests.checkpoints import (
     quantization_config,
     qwen3_config,
     random_layer,
+    skeleton,
     write_checkpoint,
 )
 
@@ -48,7 +49,7 @@ Tensors = dict[str, Tensor]
 def load(folder: Path, layer: Layer) -> MoEQuantInfo:
     """Layer 0, without building the model."""
     checkpoint = Checkpoint(folder)
-    return load_layer(checkpoint, describe_layers(checkpoint, [experts_spec(layer)])[0], "cpu")
+    return load_layer(checkpoint, describe_layers(checkpoint, [experts_spec(layer)], skeleton())[0], "cpu")
 
 
 def check(info: MoEQuantInfo, layer: Layer) -> None:
@@ -92,7 +93,7 @@ def test_auto_round(tmp_path: Path, packing: str, encode: Encoder, symmetric: bo
     write_checkpoint(tmp_path, tensors, qwen3_config(EXPERTS, HIDDEN, INTER), config | {"extra_config": extra})
     check(load(tmp_path, layer), layer)
     checkpoint = Checkpoint(tmp_path)
-    assert describe_linears(checkpoint, build_skeleton(checkpoint)) == []
+    assert not describe_linears(checkpoint, build_skeleton(checkpoint))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -272,6 +273,6 @@ def test_scales_of_a_linear_are_finite(tmp_path: Path) -> None:
     tensors[f"{module}.scales"][0, 3] = torch.nan
     config = quantization_config("gptq", layer[0, "up"])
     checkpoint = Checkpoint(write_checkpoint(tmp_path, tensors, qwen3_config(2, 64, 32), config))
-    (linear,) = describe_linears(checkpoint, build_skeleton(checkpoint))
+    (linear,) = describe_linears(checkpoint, build_skeleton(checkpoint)).values()
     with pytest.raises(FormatError, match=rf"scales of {module}: got values that are not finite"):
-        linear.dequantize(checkpoint, torch.device("cpu"))
+        dequantize_linear(checkpoint, linear, torch.device("cpu"))

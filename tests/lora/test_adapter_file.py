@@ -131,24 +131,25 @@ def test_one_targeted_parameter_of_an_old_peft(tmp_path: Path, projections: tupl
 
 @pytest.mark.parametrize("version", ["0.17.0", "0.18.1", "0.19.0"])
 def test_square_parameter_of_an_old_peft_is_swapped(tmp_path: Path, version: str) -> None:
-    tensors = fused_lora(SQUARE, rank=RANK, swapped=True)
-    folder = write_adapter(tmp_path / "a", tensors, target_parameters=FUSED, peft_version=version)
-    check_swapped(load_adapter(folder, SQUARE.specs()).layers[0], tensors, SQUARE)
+    tensors = fused_lora(SQUARE, ["gate_up"], rank=RANK, swapped=True)
+    folder = write_adapter(tmp_path / "a", tensors, target_parameters=FUSED[:1], peft_version=version)
+    check_swapped(load_adapter(folder, SQUARE.specs()).layers[0], tensors, SQUARE, (("", ("gate", "up")),))
 
 
 # A development version carries the commit, as PEFT's config.py writes it.
 @pytest.mark.parametrize("version", ["0.19.1", "0.21.2", "1.0", "0.21.3.dev0@0f6c1d2", "0.22.0.dev0@UNKNOWN"])
 def test_square_parameter_of_a_new_peft_is_not_swapped(tmp_path: Path, version: str) -> None:
-    tensors = fused_lora(SQUARE, rank=RANK)
-    folder = write_adapter(tmp_path / "a", tensors, target_parameters=FUSED, peft_version=version)
+    tensors = fused_lora(SQUARE, ["gate_up"], rank=RANK)
+    folder = write_adapter(tmp_path / "a", tensors, target_parameters=FUSED[:1], peft_version=version)
     factors = load_adapter(folder, SQUARE.specs()).layers[0]
-    check_fused(factors, *pair(tensors, f"{EXPERTS}.base_layer"), SQUARE, down=False)
+    check_fused(factors, *pair(tensors, EXPERTS), SQUARE, down=False)
 
 
 @pytest.mark.parametrize("version", [None, "unknown"])
 def test_square_parameter_of_no_known_version_is_an_error(tmp_path: Path, version: str | None) -> None:
     """PEFT before 0.18 wrote no version, and PEFT fills its own in when it reads such a file."""
-    folder = write_adapter(tmp_path / "a", fused_lora(SQUARE), target_parameters=FUSED, peft_version=version)
+    tensors = fused_lora(SQUARE, ["gate_up"])
+    folder = write_adapter(tmp_path / "a", tensors, target_parameters=FUSED[:1], peft_version=version)
     match = rf"{EXPERTS}\.gate_up_proj.*square.*peft_version {version}.*0\.19\.1"
     with pytest.raises(AdapterError, match=match):
         load_adapter(folder, SQUARE.specs())
