@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +12,16 @@ from torch import Tensor
 from quant_moelora.core.errors import UnsupportedError
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
-from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
+from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader, resolve_checkpoint
 from quant_moelora.loaders.families import Projection, build_skeleton, find_experts
 from quant_moelora.loaders.layer_format import LayerFormat, describe_layers
-from quant_moelora.loaders.pack import Weight, build_info
+from quant_moelora.loaders.pack import Weight, build_info, join_experts
 from quant_moelora.loaders.promote import promote
 
-if TYPE_CHECKING:
-    pass
+# Codes of the experts that are decoded together. On the CPU so few that they stay in its caches, on another device so
+# many that its launches do not matter (benchmarks/NOTES.md).
+CPU_CODES = 1 << 22
+DEVICE_CODES = 1 << 26
 
 
 def load_experts(path: str | Path, layer: int, device: torch.device | str = "cpu") -> MoEQuantInfo:
@@ -47,49 +49,74 @@ def load_experts(path: str | Path, layer: int, device: torch.device | str = "cpu
     return load_layer(checkpoint, describe_layers(checkpoint, [specs[layer]], model)[0], device)
 
 
-def load_layer(checkpoint: Checkpoint, layer: LayerFormat, device: torch.device | str) -> MoEQuantInfo:
-    """Read, decode and pack one layer; peak extra memory is that of the layer.
+def load_layer(
+    checkpoint: Checkpoint, layer: LayerFormat, device: torch.device | str, *, codes_at_once: int | None = None
+) -> MoEQuantInfo:
+    """Read, decode and pack one layer, some experts at a time and in the order in which they lie in the files.
+
+    Besides the packed layer, memory is needed for those experts only: some bytes for each of their codes.
+
+    Args:
+        checkpoint: the checkpoint.
+        layer: how it holds the layer.
+        device: where tensors are decoded, and stay.
+        codes_at_once: codes of the experts that are decoded together, though never less than one expert's; None for a
+            number that suits the device.
 
     Raises:
         FormatError: the data contradicts the config, or is not finite.
     """
+    device, spec = torch.device(device), layer.spec
+    codes = spec.hidden_size * spec.intermediate_size * len(spec.projections)
+    count = max(1, (codes_at_once or (CPU_CODES if device.type == "cpu" else DEVICE_CODES)) // codes)
+    experts = list(dict.fromkeys(expert for expert, _ in layer.keys))  # headers, and so keys, are in the files' order
+    chunks = [experts[first : first + count] for first in range(0, len(experts), count)]
+    parts = ((chunk, _load_chunk(checkpoint, layer, chunk, device)) for chunk in chunks)
+    return replace(join_experts(parts, spec.num_experts), source_order=layer.source_order)
+
+
+def _load_chunk(checkpoint: Checkpoint, layer: LayerFormat, experts: list[int], device: torch.device) -> MoEQuantInfo:
+    """Some experts of a layer, packed."""
     halves: list[Projection] = [p for p in layer.spec.projections if p != "down"]
-    w13 = _stack([_read_projection(checkpoint, layer, p, device) for p in halves])
-    w2 = _stack([_read_projection(checkpoint, layer, "down", device)])
+    w13 = _stack([_read_projection(checkpoint, layer, p, experts, device) for p in halves])
+    w2 = _stack([_read_projection(checkpoint, layer, "down", experts, device)])
     biases: list[Tensor] = []
     if layer.spec.has_bias:
         down: list[Projection] = ["down"]
         biases = [
-            torch.stack([_read_bias(checkpoint, layer, p, device) for p in projections], dim=1)
+            torch.stack([_read_bias(checkpoint, layer, p, experts, device) for p in projections], dim=1)
             for projections in (halves, down)
         ]
-    return replace(build_info(w13, w2, layer.spec.activation, *biases), source_order=layer.source_order)
+    return build_info(w13, w2, layer.spec.activation, *biases)
 
 
 def _read_bias(
-    checkpoint: Checkpoint, layer: LayerFormat, projection: Projection, device: torch.device | str
+    checkpoint: Checkpoint, layer: LayerFormat, projection: Projection, experts: list[int], device: torch.device
 ) -> Tensor:
-    """Bias of one projection of all experts, float32 [E, N]."""
-    bias = _read(checkpoint, layer, projection, "bias", device)
-    check_finite(bias, [layer.keys[expert, projection].module for expert in range(layer.spec.num_experts)])
+    """Bias of one projection of some experts, float32 [e, N]."""
+    held = [layer.keys[expert, projection] for expert in experts]
+    bias = _read(checkpoint, [h.headers["bias"] for h in held], device)
+    check_finite(bias, [h.module for h in held])
     return bias.to(torch.float32)
 
 
-def _read(
-    checkpoint: Checkpoint, layer: LayerFormat, projection: Projection, suffix: str, device: torch.device | str
-) -> Tensor:
-    """One tensor of a projection, of all experts, stacked."""
-    headers = [layer.keys[expert, projection].headers[suffix] for expert in range(layer.spec.num_experts)]
-    return torch.stack([checkpoint.read(header.key, header.part) for header in headers]).to(device)
+def _read(checkpoint: Checkpoint, headers: list[TensorHeader], device: torch.device) -> Tensor:
+    """Tensors of one shape and dtype, stacked. One alone on the CPU is the mapped file itself, not to be written to."""
+    tensors = [checkpoint.read(header.key, header.part) for header in headers]
+    if device.type != "cuda":
+        return (torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]).to(device)
+    # Pinned memory is kept by torch's allocator and used again when its copy to the device is done.
+    staging = torch.empty((len(tensors), *tensors[0].shape), dtype=tensors[0].dtype, pin_memory=True)
+    return torch.stack(tensors, out=staging).to(device, non_blocking=True)
 
 
 def _read_projection(
-    checkpoint: Checkpoint, layer: LayerFormat, projection: Projection, device: torch.device | str
+    checkpoint: Checkpoint, layer: LayerFormat, projection: Projection, experts: list[int], device: torch.device
 ) -> Weight:
-    """One projection of all experts, [E, N, K]."""
+    """One projection of some experts, [e, N, K]."""
     fmt = layer.formats[projection]
-    held = [layer.keys[expert, projection] for expert in range(layer.spec.num_experts)]
-    tensors = {suffix: _read(checkpoint, layer, projection, suffix, device) for suffix in fmt.tensors}
+    held = [layer.keys[expert, projection] for expert in experts]
+    tensors = {suffix: _read(checkpoint, [h.headers[suffix] for h in held], device) for suffix in fmt.tensors}
     linear = layer.spec.linear(f"{layer.spec.module} ({projection})", projection)
     weight = layer.codecs[projection].decode(tensors, linear, fmt)
     check_finite(weight, [h.module for h in held])
@@ -102,12 +129,16 @@ def _read_projection(
 
 def _stack(parts: list[Any]) -> Weight:
     """Projections [E, N, K] side by side as halves [E, halves, N, K]."""
+
+    def side_by_side(tensors: list[Tensor]) -> Tensor:
+        return torch.stack(tensors, dim=1) if len(tensors) > 1 else tensors[0].unsqueeze(1)
+
     if isinstance(parts[0], Tensor):
-        return torch.stack(parts, dim=1)
+        return side_by_side(parts)
 
     def stacked(name: str) -> Tensor | None:
         held = [getattr(part, name) for part in parts]
-        return None if held[0] is None else torch.stack(held, dim=1)
+        return None if held[0] is None else side_by_side(held)
 
     codes, scales, zeros = (stacked(name) for name in ("codes", "scales", "zeros"))
     assert codes is not None and scales is not None
