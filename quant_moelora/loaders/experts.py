@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader, resolve_c
 from quant_moelora.loaders.families import Projection, build_skeleton, find_experts
 from quant_moelora.loaders.layer_format import LayerFormat, describe_layers
 from quant_moelora.loaders.pack import Weight, build_info, join_experts
+from quant_moelora.loaders.parallel import in_parallel
 from quant_moelora.loaders.promote import promote
 
 # Codes of the experts that are decoded together. On the CPU so few that they stay in its caches, on another device so
@@ -67,12 +69,18 @@ def load_layer(
         FormatError: the data contradicts the config, or is not finite.
     """
     device, spec = torch.device(device), layer.spec
+    on_cpu = device.type == "cpu"
     codes = spec.hidden_size * spec.intermediate_size * len(spec.projections)
-    count = max(1, (codes_at_once or (CPU_CODES if device.type == "cpu" else DEVICE_CODES)) // codes)
+    count = max(1, (codes_at_once or (CPU_CODES if on_cpu else DEVICE_CODES)) // codes)
     experts = list(dict.fromkeys(expert for expert, _ in layer.keys))  # headers, and so keys, are in the files' order
     chunks = [experts[first : first + count] for first in range(0, len(experts), count)]
-    parts = ((chunk, _load_chunk(checkpoint, layer, chunk, device)) for chunk in chunks)
-    return replace(join_experts(parts, spec.num_experts), source_order=layer.source_order)
+    workers = min(torch.get_num_threads(), len(chunks), DEVICE_CODES // (count * codes)) if on_cpu else 1
+
+    def load(chunk: list[int]) -> tuple[list[int], MoEQuantInfo]:
+        return chunk, _load_chunk(checkpoint, layer, chunk, device)
+
+    with closing(in_parallel(load, chunks, workers)) as parts:
+        return replace(join_experts(parts, spec.num_experts), source_order=layer.source_order)
 
 
 def _load_chunk(checkpoint: Checkpoint, layer: LayerFormat, experts: list[int], device: torch.device) -> MoEQuantInfo:
