@@ -110,10 +110,10 @@ def stored_group_size(spec: LinearSpec, headers: Headers, args: QuantizationArgs
 
 def config_group(spec: LinearSpec, config: Mapping[str, Any]) -> QuantizationScheme | None:
     """The first config group that targets a module; None if there is none."""
-    from compressed_tensors.utils.match import is_match
-
     if not config:
         return None
+    from compressed_tensors.utils.match import is_match  # takes seconds
+
     parsed = _parse(json.dumps(dict(config), sort_keys=True))
     linear = _any_linear()
     for group in parsed.config_groups.values():

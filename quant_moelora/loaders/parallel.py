@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_parallel(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+def in_parallel(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Generator[Result]:
     """Results of ``function``, in order; no more than ``workers`` + 1 of them wait for whoever takes them.
 
     With more than one worker, torch uses one thread an operator until the iterator is closed: operators that divide
