@@ -20,10 +20,10 @@ from quant_moelora.loaders.pack import Weight, build_info, join_experts
 from quant_moelora.loaders.parallel import in_parallel
 from quant_moelora.loaders.promote import promote
 
-# Codes of the experts that are decoded together. On the CPU so few that they stay in its caches, on another device so
-# many that its launches do not matter (benchmarks/NOTES.md).
-CPU_CODES = 1 << 22
-DEVICE_CODES = 1 << 26
+# Codes of the experts that are decoded together: on the CPU so few that they stay in a core's caches, on another device
+# so many that launches do not matter. As many are in work by all threads of the CPU (benchmarks/NOTES.md).
+CODES_IN_CACHE = 1 << 22
+CODES_IN_WORK = 1 << 26
 
 
 def load_experts(path: str | Path, layer: int, device: torch.device | str = "cpu") -> MoEQuantInfo:
@@ -56,7 +56,7 @@ def load_layer(
 ) -> MoEQuantInfo:
     """Read, decode and pack one layer, some experts at a time and in the order in which they lie in the files.
 
-    Besides the packed layer, memory is needed for those experts only: some bytes for each of their codes.
+    Besides the packed layer, memory is needed for the experts in work only: three bytes for each of their codes.
 
     Args:
         checkpoint: the checkpoint.
@@ -71,10 +71,10 @@ def load_layer(
     device, spec = torch.device(device), layer.spec
     on_cpu = device.type == "cpu"
     codes = spec.hidden_size * spec.intermediate_size * len(spec.projections)
-    count = max(1, (codes_at_once or (CPU_CODES if on_cpu else DEVICE_CODES)) // codes)
+    count = max(1, (codes_at_once or (CODES_IN_CACHE if on_cpu else CODES_IN_WORK)) // codes)
     experts = list(dict.fromkeys(expert for expert, _ in layer.keys))  # headers, and so keys, are in the files' order
     chunks = [experts[first : first + count] for first in range(0, len(experts), count)]
-    workers = min(torch.get_num_threads(), len(chunks), DEVICE_CODES // (count * codes)) if on_cpu else 1
+    workers = min(torch.get_num_threads(), len(chunks), CODES_IN_WORK // (count * codes)) if on_cpu else 1
 
     def load(chunk: list[int]) -> tuple[list[int], MoEQuantInfo]:
         return chunk, _load_chunk(checkpoint, layer, chunk, device)
