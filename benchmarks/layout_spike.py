@@ -9,8 +9,6 @@ rows g and g + 8 in a word, "row" one row, "study" is a kernel's whose storage i
 # pyright: reportFunctionMemberAccess=false, reportIndexIssue=false
 # pyright: reportUntypedFunctionDecorator=false, reportUntypedNamedTuple=false
 import argparse
-import csv
-import datetime
 import itertools
 import math
 import os
@@ -22,12 +20,15 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from benchmarks.record import provenance, write_rows
 
 AXES = "Enwrgkjpihte"  # E expert, n tile of rows, k step of a kernel, j tile of columns in it; rest above
 ORDERS = {  # the axes of the words, outermost first, and the axes within a word with their shifts
@@ -485,15 +486,10 @@ def main() -> None:
             print(f"sm_{cap} bm{c.bm} {v.bits} bits zp={v.zp} g{v.group} {label(v)}: {found}", flush=True)
     if args.compile_only:
         return
-    fixed = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-             "commit": args.commit,
-             "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
-    columns = "case variant bits zero_points group row_tile us_p20 us_p50 us_p80 floor_us rel_err"
-    with open(os.path.join(args.out, "layout_spike.csv"), "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, [*fixed, *columns.split(" ")])
-        writer.writeheader()
-        for case, some in ((c, some) for c in CASES for some in plans(c)):
-            writer.writerows(fixed | row for row in run_set(case, some, args.repeats))
+    fixed = provenance("cuda", args.commit, triton=triton.__version__)
+    columns = "case variant bits zero_points group row_tile us_p20 us_p50 us_p80 floor_us rel_err".split()
+    rows = (row for case in CASES for some in plans(case) for row in run_set(case, some, args.repeats))
+    write_rows(Path(args.out, "layout_spike.csv"), fixed, columns, rows)
 
 
 if __name__ == "__main__":

@@ -24,28 +24,40 @@ Scales and zero points of one group of columns are 16-bit values. Rows n and n +
 ``pairs[tile_n, group, 8 * warp + g]`` holds row 16 * warp + g in its low and row 16 * warp + g + 8 in its high half.
 
 Everything here is plain torch, exact both ways, works on any device (the meta device included) and under any number
-of leading dimensions.
+of leading dimensions. Integers are viewed as narrower and wider ones, on a machine whose low byte comes first.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from quant_moelora.core.errors import UnsupportedError
+
+if sys.byteorder != "little":
+    raise UnsupportedError(
+        "byte order", got=sys.byteorder, rule="little", remedy="use a little-endian machine, as safetensors files are"
+    )
 
 LAYOUT = "frag64.v1"  # written into saved headers; change it with any change of the formula above
 TILE = 64  # rows and columns of a tile
 WORD_BITS = 32
 _SPLIT_N = (4, 2, 8)  # warp, rh, g
 _SPLIT_K = (2, 2, 2, 4, 2)  # kq, kr, kh, t, e
-# The digits of (n, k), most significant first, in the order in which they count words and, within a word, codes from
-# the lowest bits up.
-_ORDER: dict[int, tuple[str, ...]] = {
-    4: ("warp", "g", "t", "kq", "kr", "e", "kh", "rh"),
-    8: ("kq", "warp", "g", "t", "kr", "kh", "e", "rh"),
+# Two codes, of rows n and n + 8, are a pair; two pairs, of columns k and k + 1, are a half of a word. These are the
+# integers that hold them, and the digits that count halves, most significant first: of a weight [N, K] that lies there
+# row by row, and of its words. With 4 bits the two halves of a word (kh) are mingled, byte by byte.
+_PAIR = {4: torch.uint8, 8: torch.int16}
+_HALF = {4: torch.int16, 8: torch.int32}
+_NATURAL = ("lead", "tile_n", "warp", "g", "tile_k", "kq", "kr", "kh", "t")
+_ORDER = {
+    4: ("lead", "tile_n", "tile_k", "warp", "g", "t", "kq", "kr", "kh"),
+    8: ("lead", "tile_n", "tile_k", "kq", "warp", "g", "t", "kr", "kh"),
 }
-_NATURAL: tuple[str, ...] = ("tile_n", "warp", "rh", "g", "tile_k", "kq", "kr", "kh", "t", "e")  # of a weight [N, K]
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -78,17 +90,19 @@ def pack_codes(
     codes: Tensor,  # (..., N, K) uint8, N and K multiples of 64
     bits: int,
 ) -> Tensor:  # (..., N/64, K/64, 128*bits) int32
-    """Order unsigned codes as ``frag64.v1`` words."""
+    """Order unsigned codes as ``frag64.v1`` words.
+
+    Codes are put together in whole rows before anything is moved, so that little is moved and in large pieces.
+    """
     *lead, n, k = codes.shape
-    first = len(lead)
-    tiles = codes.reshape(*lead, n // TILE, *_SPLIT_N, k // TILE, *_SPLIT_K)
-    place = {digit: first + i for i, digit in enumerate(_NATURAL)}
-    ordered = tiles.permute(*range(first), place["tile_n"], place["tile_k"], *(place[d] for d in _ORDER[bits]))
-    slots = ordered.reshape(*lead, n // TILE, k // TILE, -1, WORD_BITS // bits)
-    words = torch.zeros(slots.shape[:-1], dtype=torch.int32, device=codes.device)
-    for slot in range(WORD_BITS // bits):
-        words |= slots[..., slot].to(torch.int32) << (bits * slot)
-    return words
+    sizes = _natural_sizes(lead, n // TILE, k // TILE)
+    low, high = codes.reshape(*sizes[:3], 2, sizes[3], k).to(_PAIR[bits]).unbind(3)
+    pairs = torch.add(low, high, alpha=1 << bits)  # of 16 bits it wraps where the high code has the sign bit
+    halves = pairs.flatten().view(_HALF[bits]).view(sizes)
+    words = halves.permute([_NATURAL.index(digit) for digit in _ORDER[bits]]).contiguous().flatten().view(torch.int32)
+    if bits == 4:
+        words = _swap_middle_bytes(words)
+    return words.view(*lead, n // TILE, k // TILE, TILE * TILE * bits // WORD_BITS)
 
 
 def unpack_codes(
@@ -97,13 +111,30 @@ def unpack_codes(
 ) -> Tensor:  # (..., N, K) uint8
     """Inverse of `pack_codes`."""
     *lead, tiles_n, tiles_k, _ = qweight.shape
-    first, mask = len(lead), (1 << bits) - 1
-    slots = torch.stack([(qweight >> s & mask).to(torch.uint8) for s in range(0, WORD_BITS, bits)], dim=-1)
-    sizes = dict(zip(_NATURAL, (tiles_n, *_SPLIT_N, tiles_k, *_SPLIT_K), strict=True))
-    tiles = slots.reshape(*lead, tiles_n, tiles_k, *(sizes[digit] for digit in _ORDER[bits]))
-    place = {digit: first + i for i, digit in enumerate(("tile_n", "tile_k", *_ORDER[bits]))}
-    natural = tiles.permute(*range(first), *(place[digit] for digit in _NATURAL))
-    return natural.reshape(*lead, tiles_n * TILE, tiles_k * TILE)
+    words = qweight.contiguous().flatten()
+    if bits == 4:
+        words = _swap_middle_bytes(words)
+    sizes = _natural_sizes(lead, tiles_n, tiles_k)
+    halves = words.view(_HALF[bits]).view([sizes[_NATURAL.index(digit)] for digit in _ORDER[bits]])
+    natural = halves.permute([_ORDER[bits].index(digit) for digit in _NATURAL]).contiguous()
+    pairs = natural.flatten().view(_PAIR[bits]).view(*sizes[:4], tiles_k * TILE)
+    mask = (1 << bits) - 1
+    codes = torch.stack((pairs & mask, pairs >> bits & mask), dim=3).to(torch.uint8)
+    return codes.view(*lead, tiles_n * TILE, tiles_k * TILE)
+
+
+def _natural_sizes(lead: Sequence[int], tiles_n: int, tiles_k: int) -> tuple[int, ...]:
+    """Sizes of the digits of `_NATURAL`."""
+    warps, _, lane_rows = _SPLIT_N
+    return (math.prod(lead), tiles_n, warps, lane_rows, tiles_k, *_SPLIT_K[:-1])
+
+
+def _swap_middle_bytes(
+    words: Tensor,  # (X) int32
+) -> Tensor:  # (X) int32
+    """Bytes 0, 1, 2, 3 of each word as 0, 2, 1, 3: from (kh, e) to (e, kh), and back."""
+    differing = (words >> 8).bitwise_xor_(words).bitwise_and_(0xFF00)
+    return words ^ differing.mul_(0x101)  # at byte 1 and again at byte 2
 
 
 def pack_pairs(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quant_moelora.core.errors import UnsupportedError
 from quant_moelora.core.scheme import SCALE_DTYPES, QuantScheme, num_groups
-from quant_moelora.loaders.canonical import CanonicalWeight, unpack_words
+from quant_moelora.loaders.canonical import CanonicalWeight, contiguous_bytes, unpack_words
 from quant_moelora.loaders.codec import (
     Headers,
     LinearFormat,
@@ -37,7 +37,6 @@ BITS = 4
 PER_WORD = 32 // BITS
 GEMM, GEMV = "gemm", "gemv"
 _GEMV_WORDS = {64: 2, 32: 4}  # group size -> words of a row of zero points come in these multiples
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # output within a word of its nibble i
 
 
 class AWQ:
@@ -94,8 +93,8 @@ class AWQ:
             zeros = unpack_words(tensors["qzeros"], BITS, -1)[..., :groups].contiguous()
             scales = tensors["scales"][..., :groups].contiguous()
         else:
-            codes = _unpack_interleaved(tensors["qweight"]).transpose(-1, -2).contiguous()
-            zeros = _unpack_interleaved(tensors["qzeros"]).transpose(-1, -2).contiguous()
+            codes = _unpack_interleaved(tensors["qweight"])
+            zeros = _unpack_interleaved(tensors["qzeros"])
             scales = tensors["scales"].transpose(-1, -2).contiguous()
         if scheme.symmetric:
             check_symmetric(zeros, spec, scheme)
@@ -141,9 +140,12 @@ _SHAPES = {GEMM: _gemm_shapes, GEMV: _gemv_shapes}
 
 
 def _unpack_interleaved(
-    words: Tensor,  # (..., C) int32
-) -> Tensor:  # (..., 8*C) uint8
-    """Codes in the order of outputs."""
-    nibbles = unpack_words(words, BITS, -1).unflatten(-1, (-1, PER_WORD))
-    place = torch.tensor(_ORDER, device=words.device).argsort()  # nibble of each output
-    return nibbles[..., place].flatten(-2)
+    words: Tensor,  # (..., R, C) int32
+) -> Tensor:  # (..., 8*C, R) uint8
+    """Codes in the order of outputs, transposed.
+
+    By the order above, output 4*i + 2*j + k of a word is nibble j of byte 2*k + i.
+    """
+    stored = contiguous_bytes(words.transpose(-1, -2)).unflatten(-1, (-1, 2, 2))  # (..., C, R, k, i)
+    ordered = stored.movedim(-1, -3).transpose(-1, -2).contiguous()  # (..., C, i, k, R)
+    return torch.stack((ordered & 0xF, ordered >> 4), dim=-3).flatten(-5, -2)  # (..., C, i, j, k, R)

@@ -79,8 +79,21 @@ def unpack_words(
 ) -> Tensor:  # uint8, 32/bits times as long along dim
     """Split int32 words along ``dim`` into their codes, lowest bits first.
 
-    The mask comes after the shift because the shift of an int32 is arithmetic.
+    Words that are packed along another dimension than the last are transposed while they are words: the codes are the
+    transposed view of a contiguous tensor.
     """
-    dim, mask = dim % words.ndim, (1 << bits) - 1
-    parts = [((words >> shift) & mask).to(torch.uint8) for shift in range(0, 32, bits)]
-    return torch.stack(parts, dim=dim + 1).flatten(dim, dim + 1)
+    codes = contiguous_bytes(words.transpose(dim, -1))
+    if bits == 4:
+        wide = codes.to(torch.int16)  # one byte and an empty one, for its two codes
+        codes = (wide << 4).bitwise_or_(wide).bitwise_and_(0x0F0F).view(torch.uint8)
+    return codes.transpose(dim, -1)
+
+
+def contiguous_bytes(
+    words: Tensor,  # (..., C) int32
+) -> Tensor:  # (..., 4*C) uint8
+    """The bytes of a copy of int32 words, lowest first (`core.packing` is sure of the byte order).
+
+    `Tensor.contiguous` would leave a dimension of one element its stride, which cannot be viewed as bytes.
+    """
+    return words.clone(memory_format=torch.contiguous_format).view(torch.uint8)

@@ -91,7 +91,7 @@ class Checkpoint:
         path: the folder.
         config: config.json as it stands.
         quantization: the raw quantisation config (of config.json, of its text model, or of a file beside it), or {}.
-        headers: every tensor's header, by key.
+        headers: every tensor's header, by key, in the order in which they lie in the files.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -164,7 +164,7 @@ class Checkpoint:
 
     def _read_headers(self, file: Path) -> None:
         handle = self._handle(file)
-        for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+        for key in handle.offset_keys():
             tensor = handle.get_slice(key)
             self.headers[key] = TensorHeader(key, _DTYPES.get(tensor.get_dtype()), tuple(tensor.get_shape()), file)
 

@@ -143,10 +143,10 @@ def config_group(spec: LinearSpec, config: Mapping[str, Any]) -> ConfigGroup | N
         FormatError: the config is none of compressed-tensors' schema.
         UnsupportedError: its weights are no stored integers, or are transformed.
     """
-    from compressed_tensors.utils.match import is_match
-
     if not config:
         return None
+    from compressed_tensors.utils.match import is_match  # takes seconds
+
     parsed, act_order = _parse(json.dumps(_in_schema(spec.module, config), sort_keys=True))
     linear = _any_linear()
     for name, group in parsed.config_groups.items():

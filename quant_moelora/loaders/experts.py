@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,14 @@ from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
 from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader, resolve_checkpoint
 from quant_moelora.loaders.families import Stored, build_skeleton, find_experts
 from quant_moelora.loaders.layer_format import LayerFormat, describe_layers
-from quant_moelora.loaders.pack import Weight, build_info
+from quant_moelora.loaders.pack import Weight, build_info, join_experts
+from quant_moelora.loaders.parallel import in_parallel
 from quant_moelora.loaders.promote import promote
+
+# Codes of the experts that are decoded together: on the CPU so few that they stay in a core's caches, on another device
+# so many that launches do not matter. As many are in work by all threads of the CPU (benchmarks/NOTES.md).
+CODES_IN_CACHE = 1 << 22
+CODES_IN_WORK = 1 << 26
 
 
 def load_experts(path: str | Path, layer: int, device: torch.device | str = "cpu") -> MoEQuantInfo:
@@ -45,46 +52,80 @@ def load_experts(path: str | Path, layer: int, device: torch.device | str = "cpu
     return load_layer(checkpoint, describe_layers(checkpoint, [specs[layer]], model)[0], device)
 
 
-def load_layer(checkpoint: Checkpoint, layer: LayerFormat, device: torch.device | str) -> MoEQuantInfo:
-    """Read, decode and pack one layer; peak extra memory is that of the layer.
+def load_layer(
+    checkpoint: Checkpoint, layer: LayerFormat, device: torch.device | str, *, codes_at_once: int | None = None
+) -> MoEQuantInfo:
+    """Read, decode and pack one layer, some experts at a time and in the order in which they lie in the files.
+
+    Besides the packed layer, memory is needed for the experts in work only: three bytes for each of their codes.
+
+    Args:
+        checkpoint: the checkpoint.
+        layer: how it holds the layer.
+        device: where tensors are decoded, and stay.
+        codes_at_once: codes of the experts that are decoded together, though never less than one expert's; None for a
+            number that suits the device.
 
     Raises:
         FormatError: the data contradicts the config, or is not finite.
         UnsupportedError: act-order that the weights cannot be put together or promoted with.
     """
-    w13 = _halves([_read_linear(checkpoint, layer, stored, device) for stored in layer.w13], layer)
-    w2 = _side_by_side([_read_linear(checkpoint, layer, "down", device)])
+    device, spec = torch.device(device), layer.spec
+    on_cpu = device.type == "cpu"
+    codes = spec.hidden_size * spec.intermediate_size * len(spec.projections)
+    count = max(1, (codes_at_once or (CODES_IN_CACHE if on_cpu else CODES_IN_WORK)) // codes)
+    experts = list(dict.fromkeys(expert for expert, _ in layer.linears))  # as the files have them
+    chunks = [experts[first : first + count] for first in range(0, len(experts), count)]
+    workers = min(torch.get_num_threads(), len(chunks), CODES_IN_WORK // (count * codes)) if on_cpu else 1
+
+    def load(chunk: list[int]) -> tuple[list[int], MoEQuantInfo]:
+        return chunk, _load_chunk(checkpoint, layer, chunk, device)
+
+    with closing(in_parallel(load, chunks, workers)) as parts:
+        info = join_experts(parts, spec.num_experts)
+    return replace(info, source_order=layer.source_order, router_weight=spec.router_weight)
+
+
+def _load_chunk(checkpoint: Checkpoint, layer: LayerFormat, experts: list[int], device: torch.device) -> MoEQuantInfo:
+    """Some experts of a layer, packed."""
+    w13 = _halves([_read_linear(checkpoint, layer, stored, experts, device) for stored in layer.w13], layer)
+    w2 = _side_by_side([_read_linear(checkpoint, layer, "down", experts, device)])
     biases: list[Tensor] = []
     if layer.spec.has_bias:
-        gate_up = torch.cat([_read_bias(checkpoint, layer, stored, device) for stored in layer.w13], dim=1)
-        biases = [_split(gate_up, layer), _read_bias(checkpoint, layer, "down", device)[:, None]]
-    info = build_info(w13, w2, layer.spec.activation, *biases)
-    return replace(info, source_order=layer.source_order, router_weight=layer.spec.router_weight)
+        gate_up = torch.cat([_read_bias(checkpoint, layer, stored, experts, device) for stored in layer.w13], dim=1)
+        biases = [_split(gate_up, layer), _read_bias(checkpoint, layer, "down", experts, device)[:, None]]
+    return build_info(w13, w2, layer.spec.activation, *biases)
 
 
 def _read_bias(
-    checkpoint: Checkpoint, layer: LayerFormat, stored: Stored, device: torch.device | str
-) -> Tensor:  # (E, N) float32
-    """Bias of one linear layer of all experts."""
-    experts = range(layer.spec.num_experts)
+    checkpoint: Checkpoint, layer: LayerFormat, stored: Stored, experts: list[int], device: torch.device
+) -> Tensor:  # (e, N) float32
+    """Bias of one linear layer of some experts."""
     bias = _read(checkpoint, [layer.biases[expert, stored] for expert in experts], device)
     check_finite(bias, [layer.linears[expert, stored].spec.module for expert in experts])
     return bias.to(torch.float32)
 
 
-def _read(checkpoint: Checkpoint, headers: Iterable[TensorHeader], device: torch.device | str) -> Tensor:
-    """Tensors of several experts, stacked."""
-    return torch.stack([checkpoint.read(header.key, header.part) for header in headers]).to(device)
+def _read(checkpoint: Checkpoint, headers: list[TensorHeader], device: torch.device) -> Tensor:
+    """Tensors of one shape and dtype, stacked. One alone on the CPU is the mapped file itself, not to be written to."""
+    tensors = [checkpoint.read(header.key, header.part) for header in headers]
+    if device.type != "cuda":
+        return (torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]).to(device)
+    # Pinned memory is kept by torch's allocator and used again when its copy to the device is done.
+    staging = torch.empty((len(tensors), *tensors[0].shape), dtype=tensors[0].dtype, pin_memory=True)
+    return torch.stack(tensors, out=staging).to(device, non_blocking=True)
 
 
-def _read_linear(checkpoint: Checkpoint, layer: LayerFormat, stored: Stored, device: torch.device | str) -> Weight:
-    """One linear layer of all experts, [E, N, K], in the scheme of its weight."""
-    groups = layer.groups(stored, range(layer.spec.num_experts))
+def _read_linear(
+    checkpoint: Checkpoint, layer: LayerFormat, stored: Stored, experts: list[int], device: torch.device
+) -> Weight:
+    """One linear layer of some experts, [e, N, K], in the scheme of its weight."""
+    groups = layer.groups(stored, experts)
     parts: list[Any] = []
-    for experts, alike in groups:
-        held = [layer.linears[expert, stored] for expert in experts]
+    for members, alike in groups:
+        held = [layer.linears[expert, stored] for expert in members]
         tensors = {
-            suffix: _read(checkpoint, (linear.headers[suffix] for linear in held), device)
+            suffix: _read(checkpoint, [linear.headers[suffix] for linear in held], device)
             for suffix in alike.fmt.tensors
         }
         weight = alike.codec.decode(tensors, alike.spec, alike.fmt)
@@ -96,7 +137,8 @@ def _read_linear(checkpoint: Checkpoint, layer: LayerFormat, stored: Stored, dev
         parts.append(weight)
     if len(parts) == 1:
         return parts[0]
-    order = torch.tensor([expert for experts, _ in groups for expert in experts], device=device).argsort()
+    places = [experts.index(expert) for members, _ in groups for expert in members]
+    order = torch.tensor(places, device=device).argsort()
     g_idx = None
     if any(part.g_idx is not None for part in parts):
         g_idx = torch.cat([_column_groups(part) for part in parts])[order]
@@ -136,12 +178,16 @@ def _split(
 
 def _side_by_side(parts: list[Any]) -> Weight:
     """Linear layers [E, N, K] as halves [E, halves, N, K]."""
+
+    def stack(tensors: list[Tensor]) -> Tensor:  # one alone is not copied
+        return torch.stack(tensors, dim=1) if len(tensors) > 1 else tensors[0].unsqueeze(1)
+
     if isinstance(parts[0], Tensor):
-        return torch.stack(parts, dim=1)
+        return stack(parts)
     g_idx = None
     if any(part.g_idx is not None for part in parts):
         g_idx = torch.stack([_column_groups(part) for part in parts], dim=1)
-    return _joined(parts, lambda tensors: torch.stack(tensors, dim=1), g_idx)
+    return _joined(parts, stack, g_idx)
 
 
 def _joined(

@@ -34,7 +34,7 @@ class LayerFormat:
 
     Attributes:
         spec: the layer's experts in the model.
-        linears: what the checkpoint has of each expert.
+        linears: what the checkpoint has of each expert, in the order of its files.
         biases: the biases that belong to them, if the model has biases.
         source_order: how the rows of gate and up stand in what is stored of them, one after the other: each its own
             linear layer, all of gate first, or by turns.
@@ -170,6 +170,7 @@ def _describe_layer(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) 
         linears[expert, stored] = describe_linear(checkpoint, linear, headers)
     for down in (False, True):
         _check_promotable({key: linear for key, linear in linears.items() if (key[1] == "down") == down})
+    linears = {key: linears[key] for key in keys}  # in the files' order
     return LayerFormat(spec, linears, biases, _source_order(checkpoint, spec, keys))
 
 

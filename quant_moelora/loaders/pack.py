@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +18,8 @@ from quant_moelora.core.weights import DenseWeight, ExpertWeight, PackedWeight
 from quant_moelora.loaders.canonical import CanonicalWeight
 
 Weight = CanonicalWeight | Tensor  # one projection of all experts: quantised, or [E, N, K]
+
+_PERMUTATIONS = ("w13.k_perm", "inter_perm")  # tensors of an info that some experts may have and others not
 
 
 def build_info(
@@ -48,6 +54,43 @@ def build_info(
         activation=activation,
         inter_perm=inter_perm,
     )
+
+
+def join_experts(parts: Iterable[tuple[Sequence[int], MoEQuantInfo]], num_experts: int) -> MoEQuantInfo:
+    """A layer from infos of some of its experts each.
+
+    The parts are taken one by one and their tensors copied, so that no two parts need to exist at the same time.
+
+    Args:
+        parts: which experts, and their info; each expert in one part, and at least one part.
+        num_experts: E of the layer.
+    """
+    joined: dict[str, Tensor] = {}
+    info: MoEQuantInfo | None = None
+    for experts, info in parts:
+        index = torch.tensor(experts, device=info.device)
+        for name, tensor in info.tensors().items():
+            if name not in joined:
+                whole = (num_experts, *tensor.shape[1:])
+                joined[name] = _identity(tensor, whole) if name in _PERMUTATIONS else tensor.new_empty(whole)
+            joined[name].index_copy_(0, index, tensor)
+    assert info is not None
+
+    def weight(part: ExpertWeight, name: str) -> ExpertWeight:
+        held: dict[str, Any] = {key.removeprefix(name): joined[key] for key in joined if key.startswith(name)}
+        return replace(part, num_experts=num_experts, **held)
+
+    w13, w2 = weight(info.w13, "w13."), weight(info.w2, "w2.")
+    return replace(info, w13=w13, w2=w2, inter_perm=joined.get("inter_perm"))
+
+
+def _identity(
+    permutation: Tensor,  # (e, ..., K) int32, -1 in the padding
+    shape: tuple[int, ...],
+) -> Tensor:  # (E, ..., K) int32
+    """Permutations that leave everything where it is, as parts of a layer without act-order have none."""
+    plain = torch.arange(shape[-1], dtype=permutation.dtype, device=permutation.device)
+    return plain.where(permutation[:1] >= 0, -1).expand(shape).contiguous()
 
 
 def _shape(weight: Weight) -> torch.Size:
@@ -85,15 +128,25 @@ def _permute_rows(weight: Weight, order: Tensor) -> Weight:
     return CanonicalWeight(weight.scheme, rows(weight.codes), rows(weight.scales), zeros, weight.g_idx)
 
 
+def _pad(
+    tensor: Tensor,  # (..., N, X)
+    columns: int,
+    rows: int = 0,
+    value: int = 0,
+) -> Tensor:  # (..., N + rows, X + columns)
+    """Add columns and rows of one value; the tensor itself, and no copy as of torch, if there are none to add."""
+    return F.pad(tensor, (0, columns, 0, rows), value=value) if columns or rows else tensor
+
+
 def _pad_columns(weight: CanonicalWeight, k_pad: int) -> Tensor:
     """Codes [E, halves, N, k_pad]: a padded column holds its group's zero point, so that its value is 0."""
     *lead, k = weight.codes.shape
-    if weight.zeros is None:
-        return F.pad(weight.codes, (0, k_pad - k), value=weight.scheme.symmetric_zero)
+    if weight.zeros is None or k == k_pad:
+        return _pad(weight.codes, k_pad - k, value=weight.scheme.symmetric_zero)
     # Only the last group can reach into the padding; groups behind it have scale and zero point 0.
     rest = min(k_pad - k, -k % (weight.scheme.group_size or k_pad))
     fill = weight.zeros[..., -1:].expand(*lead, rest)
-    return F.pad(torch.cat((weight.codes, fill), dim=-1), (0, k_pad - k - rest))
+    return _pad(torch.cat((weight.codes, fill), dim=-1), k_pad - k - rest)
 
 
 def _expert_weight(
@@ -111,7 +164,7 @@ def _expert_weight(
     experts, halves, n, k = _shape(weight)
     if isinstance(weight, Tensor):
         n_pad, k_pad = n_pad or n, k_pad or k
-        w = F.pad(weight, (0, k_pad - k, 0, n_pad - n)).flatten(1, 2)
+        w = _pad(weight, k_pad - k, n_pad - n).flatten(1, 2)
         dims = {"num_experts": experts, "halves": halves, "n": n, "n_pad": n_pad, "k": k, "k_pad": k_pad}
         return DenseWeight(**dims, bias=padded_bias(n_pad), w=w)
     scheme = weight.scheme
@@ -124,10 +177,9 @@ def _expert_weight(
     groups = k_pad // (scheme.group_size or k_pad)
 
     def pairs(values: Tensor) -> Tensor:  # (E, halves, N, G)
-        padding = (0, groups - values.shape[-1], 0, n_pad - n)
-        return packing.pack_pairs(F.pad(values, padding).flatten(1, 2))
+        return packing.pack_pairs(_pad(values, groups - values.shape[-1], n_pad - n).flatten(1, 2))
 
-    codes = F.pad(_pad_columns(weight, k_pad), (0, 0, 0, n_pad - n)).flatten(1, 2)
+    codes = _pad(_pad_columns(weight, k_pad), 0, n_pad - n).flatten(1, 2)
     return PackedWeight(
         num_experts=experts,
         halves=halves,

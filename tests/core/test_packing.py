@@ -91,6 +91,14 @@ def test_leading_dims_are_packed_one_by_one(bits: int, lead: tuple[int, ...]) ->
 
 
 @BITS
+@pytest.mark.parametrize("shape", [(0, 64, 128), (2, 0, 64, 128), (0, 64), (64, 0)], ids=str)
+def test_nothing_is_packed_to_nothing(bits: int, shape: tuple[int, ...]) -> None:
+    words = packing.pack_codes(torch.empty(shape, dtype=torch.uint8), bits)
+    assert words.shape == (*shape[:-2], shape[-2] // 64, shape[-1] // 64, 128 * bits)
+    assert packing.unpack_codes(words, bits).shape == shape
+
+
+@BITS
 def test_strided_codes_and_words(bits: int) -> None:
     codes = torch.randint(0, 1 << bits, (128, 64), dtype=torch.uint8).T
     words = packing.pack_codes(codes, bits)
