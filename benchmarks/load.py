@@ -20,17 +20,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.record import provenance, write_rows
-from quant_moelora.core.activations import Activation
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.loaders.checkpoint import Checkpoint
 from quant_moelora.loaders.experts import load_layer
-from quant_moelora.loaders.families import ExpertsSpec
+from quant_moelora.loaders.families import build_skeleton, find_experts
 from quant_moelora.loaders.layer_format import describe_layers
 
 EXPERTS, HIDDEN, INTER, GROUP = 128, 2048, 768, 128
 MODULE = "model.layers.0.mlp.experts"
 SHAPES = {"gate_proj": (INTER, HIDDEN), "up_proj": (INTER, HIDDEN), "down_proj": (HIDDEN, INTER)}
-SPEC = ExpertsSpec(MODULE, 0, EXPERTS, HIDDEN, INTER, Activation("silu"))
+CONFIG = {
+    "model_type": "qwen3_moe",
+    "hidden_size": HIDDEN,
+    "moe_intermediate_size": INTER,
+    "num_experts": EXPERTS,
+    "num_hidden_layers": 1,
+    "vocab_size": 64,
+}
 COLUMNS = (
     "format codes_at_once file_bytes copy_s load_s load_cpu_s copy_gbps load_gbps over_copy packed_bytes "
     "peak_extra_bytes"
@@ -80,7 +86,7 @@ def write(parent: Path, name: str) -> Path:
     quantization = {"quantization_config": {"quant_method": name, **config}} if config else {}
     folder = parent / name
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", **quantization}), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(CONFIG | quantization), encoding="utf-8")
     save_file(tensors, folder / "model.safetensors")
     return folder
 
@@ -130,7 +136,8 @@ def measure(name: str, folder: Path, device_name: str, codes_at_once: int | None
     """One row of the table, of the files in ``folder``."""
     device = torch.device(device_name)
     checkpoint = Checkpoint(folder)
-    layer = describe_layers(checkpoint, [SPEC])[0]
+    model = build_skeleton(checkpoint)
+    (layer,) = describe_layers(checkpoint, find_experts(model), model)
     file = folder / "model.safetensors"
     size = file.stat().st_size
 
