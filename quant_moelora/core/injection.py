@@ -1,4 +1,8 @@
-"""Injection: what a layer does around its two GEMMs. LoRA enters here and nowhere else."""
+"""Injection: what a layer does around its two GEMMs. LoRA enters here and nowhere else.
+
+Row i of an intermediate (gate_up, h, y) is the pair plan.rows[i], so that the rows of an expert, and of an adapter
+within it, are contiguous.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,13 @@ from quant_moelora.core.workspace import Workspace
 
 
 class ActivationCallable(Protocol):
-    """From gate_up to the input of w2, for every pair that has an expert."""
+    """From gate_up to the input of w2, for every row that has an expert."""
 
     def __call__(
         self,
         x: Tensor,  # (M, H) activation dtype, not gathered
-        gate_up: Tensor,  # (P, halves*inter_pad) float, row = pair
-        out: Tensor,  # (P, inter_pad) activation dtype: all columns are written, the padding with 0
+        gate_up: Tensor,  # (P, halves*inter_pad) float, in sorted order
+        out: Tensor,  # (P, inter_pad) activation dtype, in sorted order: all columns are written, the padding with 0
         routing: Routing,
         plan: Plan,
         ws: Workspace,
@@ -32,8 +36,8 @@ class MoeSumCallable(Protocol):
 
     def __call__(
         self,
-        h: Tensor,  # (P, inter_pad) activation dtype, what `activation` returned
-        y: Tensor,  # (P, H) float, row = pair
+        h: Tensor,  # (P, inter_pad) activation dtype, in sorted order, what `activation` returned
+        y: Tensor,  # (P, H) float, in sorted order
         out: Tensor,  # (M, H) activation dtype
         routing: Routing,
         plan: Plan,

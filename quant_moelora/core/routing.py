@@ -18,7 +18,7 @@ BASE_SLOT = -1  # slot of a token without an adapter
 class Routing:
     """Experts, weights and adapter of each of M tokens.
 
-    Pair p = token * k + slot of the top-k is a row of every intermediate.
+    Pair p = token * k + slot of the top-k; the Plan's sorted order of pairs is that of every intermediate's rows.
 
     Attributes:
         topk_ids: int32 or int64 [M, k], local expert ids; an id outside 0..E-1 means no expert here.
@@ -73,8 +73,9 @@ class Plan:
         rows: int32 [P]; rows[i] is the pair at sorted position i. Pairs without an expert come last.
         inverse: int32 [P]; inverse[p] is the sorted position of pair p.
         expert_offsets: int32 [E + 1]; expert e owns sorted positions expert_offsets[e]..expert_offsets[e+1]-1.
-        segments: int32 [P + 1, 3] of (expert, slot, first sorted position), in sorted order. A segment ends where the
-            next one begins. Unused rows, the last one always among them, are (-1, -1, expert_offsets[E]).
+        segments: int32 [P + 1, 3] of (expert, slot, first sorted position), in sorted order; None if no token can have
+            an adapter. A segment ends where the next one begins. Unused rows, the last one always among them, are
+            (-1, -1, expert_offsets[E]).
 
     Raises:
         ShapeError: on a wrong shape, dtype or device.
@@ -83,16 +84,17 @@ class Plan:
     rows: Tensor  # (P,) int32
     inverse: Tensor  # (P,) int32
     expert_offsets: Tensor  # (E + 1,) int32
-    segments: Tensor  # (P + 1, 3) int32
+    segments: Tensor | None  # (P + 1, 3) int32
 
     def __post_init__(self) -> None:
         pairs = self.rows.shape[0]
         why = f"P={pairs} pairs"
         check_tensor("rows", self.rows, (pairs,), torch.int32, why=why)
         check_tensor("inverse", self.inverse, (pairs,), torch.int32, why=why)
-        check_tensor("segments", self.segments, (pairs + 1, 3), torch.int32, why=why)
+        if self.segments is not None:
+            check_tensor("segments", self.segments, (pairs + 1, 3), torch.int32, why=why)
         check_tensor(
             "expert_offsets", self.expert_offsets, (self.expert_offsets.numel(),), torch.int32, why="E + 1 offsets"
         )
-        names = ("rows", "inverse", "segments", "expert_offsets")
-        check_same_device({name: getattr(self, name) for name in names})
+        held = {"rows": self.rows, "inverse": self.inverse, "expert_offsets": self.expert_offsets}
+        check_same_device(held if self.segments is None else held | {"segments": self.segments})

@@ -56,5 +56,5 @@ class ReferenceBackend:
         h = workspace.buffer("h", (pairs, info.inter_pad), dtype)
         h = injection.activation(x, gate_up, h, routing, plan, workspace)
         y = workspace.buffer("y", (pairs, info.hidden_size), dtype)
-        grouped_gemm(h, info.w2, plan, 1, y)
+        grouped_gemm(h, info.w2, plan, None, y)
         return injection.moe_sum(h, y, torch.empty_like(x), routing, plan, workspace)

@@ -22,17 +22,17 @@ POISON = torch.nan
 
 
 def run(
-    built: BuiltWeight | BuiltDense, x: Tensor, case: Routing, rows_per_input: int, columns: int, dtype: torch.dtype
+    built: BuiltWeight | BuiltDense, x: Tensor, case: Routing, top_k: int | None, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """The output in a buffer that was poisoned before."""
+    """The output by pair, in a buffer that was poisoned before; without a top_k x is by pair too."""
     plan = align(case, built.weight.num_experts)
     out = torch.full((case.num_pairs, columns), POISON, dtype=dtype)
-    returned = grouped_gemm(x, built.weight, plan, rows_per_input, out)
+    returned = grouped_gemm(x[plan.rows.long()] if top_k is None else x, built.weight, plan, top_k, out)
     assert returned is out
-    return out
+    return out[plan.inverse.long()]
 
 
-def check(built: BuiltWeight | BuiltDense, x: Tensor, case: Routing, rows_per_input: int, out: Tensor) -> None:
+def check(built: BuiltWeight | BuiltDense, x: Tensor, case: Routing, top_k: int | None, out: Tensor) -> None:
     """Every row against float64; padding 0; rows without an expert as they were."""
     weight = built.weight
     stride = out.shape[1] // weight.halves
@@ -43,7 +43,7 @@ def check(built: BuiltWeight | BuiltDense, x: Tensor, case: Routing, rows_per_in
         if not 0 <= expert < weight.num_experts:
             assert out[pair].isnan().all()
             continue
-        row = x[pair // rows_per_input, : weight.k].double()
+        row = x[pair // (top_k or 1), : weight.k].double()
         for half in range(weight.halves):
             terms = built.value[expert, half] * row
             want = terms.sum(1) + built.bias[expert, half]
@@ -91,8 +91,8 @@ def test_down(quant: QuantScheme | torch.dtype, dtype: torch.dtype) -> None:
     case = routing(7, 2, 3)
     h = torch.zeros(14, built.weight.k_pad)
     h[:, :40] = torch.randn(14, 40)
-    out = run(built, h.to(dtype), case, 1, 72, dtype)
-    check(built, h.to(dtype), case, 1, out)
+    out = run(built, h.to(dtype), case, None, 72, dtype)
+    check(built, h.to(dtype), case, None, out)
 
 
 def test_columns_of_x_beyond_k_are_not_read() -> None:

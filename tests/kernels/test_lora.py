@@ -76,23 +76,23 @@ def assert_delta(got: Tensor, base: Tensor, want: Tensor, k: int) -> None:
 
 
 def run13(x: Tensor, ctx: MoELoRAContext, case: Routing, base: Tensor) -> Tensor:
-    """gate_up with the deltas, v having been poisoned before."""
+    """gate_up by pair with the deltas, v having been poisoned before; base is by pair too."""
     plan = align(case, EXPERTS)
     v = torch.full((case.num_pairs, ctx.v13_width), torch.nan)
     assert shrink13(x, ctx, plan, case.top_k, v) is v
-    gate_up = base.clone()
+    gate_up = base[plan.rows.long()]
     assert expand13(v, ctx, plan, gate_up) is gate_up
-    return gate_up
+    return gate_up[plan.inverse.long()]
 
 
 def run2(h: Tensor, ctx: MoELoRAContext, case: Routing, base: Tensor) -> Tensor:
-    """y with the deltas, v having been poisoned before."""
+    """y by pair with the deltas, v having been poisoned before; h and base are by pair too."""
     plan = align(case, EXPERTS)
     v = torch.full((case.num_pairs, ctx.v2_width), torch.nan)
-    assert shrink2(h, ctx, plan, v) is v
-    y = base.clone()
+    assert shrink2(h[plan.rows.long()], ctx, plan, v) is v
+    y = base[plan.rows.long()]
     assert expand2(v, ctx, plan, y) is y
-    return y
+    return y[plan.inverse.long()]
 
 
 def stored(layer: Layer, expert: int, values: Tensor) -> Tensor:
@@ -159,7 +159,8 @@ def test_shrink_writes_v_where_there_is_a_factor(step: str) -> None:
         rows = rows.repeat_interleave(2, 0)
     else:
         rows = torch.randn(case.num_pairs, PAD)
-        shrink2(rows, ctx, plan, v)
+        shrink2(rows[plan.rows.long()], ctx, plan, v)
+    v = v[plan.inverse.long()]
     for pair, expert, slot in pairs(case):
         loras = held[slot] if slot >= 0 else {}
         names = ("gate", "up") if step == "shrink13" else ("down",)

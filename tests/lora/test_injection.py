@@ -90,7 +90,10 @@ def pair_deltas(info: MoEQuantInfo, adapters: list[LayerFactors], routing: Routi
 
 
 def steps(info: MoEQuantInfo, dtype: torch.dtype) -> tuple[RecordingBase, list[tuple[Tensor, Tensor]], Tensor]:
-    """One forward's calls on random intermediates: base, (before, given to the base) of gate_up and y, deltas."""
+    """One forward's calls on random intermediates: base, (before, given to the base) of gate_up and y, deltas.
+
+    All of them, and the deltas, are in the plan's sorted order.
+    """
     adapters = adapters_for(info)
     routing = random_routing(info.num_experts, len(adapters))
     plan, ws, base = align(routing, info.num_experts), Workspace(info.device), RecordingBase()
@@ -106,7 +109,8 @@ def steps(info: MoEQuantInfo, dtype: torch.dtype) -> tuple[RecordingBase, list[t
     injection.moe_sum(h, y, torch.empty_like(x), routing, plan, ws)
     assert torch.equal(gate_up, before[0]) and torch.equal(y, before[1]), "what the GEMMs stored is not written to"
     given = [tensor for _, tensor in base.calls]
-    return base, list(zip(before, given, strict=True)), pair_deltas(info, adapters, routing, x, h)
+    deltas = pair_deltas(info, adapters, routing, x, h[plan.inverse.long()])
+    return base, list(zip(before, given, strict=True)), deltas[plan.rows.long()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

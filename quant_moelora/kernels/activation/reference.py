@@ -16,12 +16,12 @@ def activate(
     plan: Plan,
     out: Tensor,  # (P, inter_pad) activation dtype
 ) -> Tensor:
-    """Write act(gate_up) of every pair that has an expert; the columns of the padding become 0."""
-    pairs = plan.rows[: int(plan.expert_offsets[-1])].to(torch.int64)
-    rows = gate_up[pairs].to(torch.float32)
+    """Write act(gate_up) of every sorted row that has an expert; the columns of the padding become 0."""
+    held = int(plan.expert_offsets[-1])
+    rows = gate_up[:held].to(torch.float32)
     if info.router_weight == "input":
-        rows = rows * routing.topk_weights.reshape(-1)[pairs, None]
+        rows = rows * routing.topk_weights.reshape(-1)[plan.rows[:held].to(torch.int64), None]
     h = info.activation(rows)
     h[:, info.intermediate_size :] = 0
-    out[pairs] = h.to(out.dtype)
+    out[:held] = h.to(out.dtype)
     return out

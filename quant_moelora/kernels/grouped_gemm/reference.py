@@ -12,16 +12,16 @@ from quant_moelora.core.weights import ExpertWeight
 
 
 def grouped_gemm(
-    x: Tensor,  # (R, >= k) float: R = P // rows_per_input
+    x: Tensor,  # (M, >= k) float, or (P, >= k) in sorted order
     weight: ExpertWeight,
     plan: Plan,
-    rows_per_input: int,
+    top_k: int | None,
     out: Tensor,  # (P, halves*n_pad or n) float
 ) -> Tensor:
-    """Multiply each pair's row of x with its expert's weight, add the bias, round once into ``out``.
+    """Multiply each sorted row with its expert's weight, add the bias, round once into ``out``.
 
-    Pair p reads row p // rows_per_input of x (k for w13, 1 for w2). Only pairs with an expert are written. With
-    halves * n_pad columns the padding is set to 0; with n columns there is none.
+    Sorted row i reads the row of x of its token, plan.rows[i] // top_k; without a top_k row i. Only rows with an expert
+    are written. With halves * n_pad columns the padding is set to 0; with n columns there is none.
     """
     offsets = plan.expert_offsets.tolist()
     stride = out.shape[1] // weight.halves
@@ -30,13 +30,14 @@ def grouped_gemm(
             continue
         # In the order of the batch, whatever the adapters, and in float64, rounded to float32: the bits of a float32
         # product's row depend on its place and on how many rows there are, which the adapters of other rows change.
-        pairs = plan.rows[begin:end].to(torch.int64).sort().values
+        pairs, order = plan.rows[begin:end].to(torch.int64).sort()
+        row = begin + order
         index = slice(expert, expert + 1)
         w, bias = weight.dequantize(index)[0], weight.logical_bias(index)
-        rows = x[pairs // rows_per_input, : weight.k].to(torch.float64)
+        rows = x[row if top_k is None else pairs // top_k, : weight.k].to(torch.float64)
         product = out.new_zeros(len(pairs), weight.halves, stride, dtype=torch.float32)
         product[..., : weight.n] = torch.einsum("pk,hnk->phn", rows, w.to(torch.float64)).to(torch.float32)
         if bias is not None:
             product[..., : weight.n] += bias[0]
-        out[pairs] = product.flatten(1).to(out.dtype)
+        out[row] = product.flatten(1).to(out.dtype)
     return out

@@ -20,13 +20,14 @@ def shrink13(
     top_k: int,
     v: Tensor,  # (P, v13_width) float32
 ) -> Tensor:
-    """v[p] = A13 x[token of p] for pairs whose adapter has an A13 for their expert; other rows are not written."""
-    for expert, slot, pairs in _segments(plan, ctx):
+    """v[i] = A13 x[token of i] for sorted rows whose adapter has an A13 for their expert; others are not written."""
+    for expert, slot, held in _segments(plan, ctx):
         ranks = ctx.rank[slot, :, expert].tolist()
         rows = max(ranks[GATE], int(ctx.up_col[slot, expert]) + ranks[UP])
         a13 = _factor(ctx, slot, expert, A13, rows, ctx.hidden_size)
         if a13 is not None:
-            v[pairs, :rows] = x[pairs // top_k].to(torch.float32) @ a13.T
+            tokens = plan.rows[held].to(torch.int64) // top_k
+            v[held, :rows] = x[tokens].to(torch.float32) @ a13.T
     return v
 
 
@@ -38,7 +39,7 @@ def expand13(
 ) -> Tensor:
     """Add scaling * B13 v to gate and up, in place."""
     inter_pad = ctx.inter_pad
-    for expert, slot, pairs in _segments(plan, ctx):
+    for expert, slot, held in _segments(plan, ctx):
         gate_rank, up_rank, _ = ctx.rank[slot, :, expert].tolist()
         b13 = _factor(ctx, slot, expert, B13, inter_pad, gate_rank + up_rank)
         if b13 is None:
@@ -47,8 +48,8 @@ def expand13(
         up_col = int(ctx.up_col[slot, expert])
         parts = ((GATE, b_gate, 0, gate_rank, 0), (UP, b_up, up_col, up_rank, gate_up.shape[1] - inter_pad))
         for projection, b, v_col, rank, column in parts:
-            delta = v[pairs, v_col : v_col + rank] @ b.view(inter_pad, rank).T
-            gate_up[pairs, column : column + inter_pad] += ctx.scaling[slot, projection, expert] * delta
+            delta = v[held, v_col : v_col + rank] @ b.view(inter_pad, rank).T
+            gate_up[held, column : column + inter_pad] += ctx.scaling[slot, projection, expert] * delta
     return gate_up
 
 
@@ -58,12 +59,12 @@ def shrink2(
     plan: Plan,
     v: Tensor,  # (P, v2_width) float32
 ) -> Tensor:
-    """v[p] = A2 h[p] for pairs whose adapter has an A2 for their expert; other rows are not written."""
-    for expert, slot, pairs in _segments(plan, ctx):
+    """v[i] = A2 h[i] for sorted rows whose adapter has an A2 for their expert; others are not written."""
+    for expert, slot, held in _segments(plan, ctx):
         rank = int(ctx.rank[slot, DOWN, expert])
         a2 = _factor(ctx, slot, expert, A2, rank, ctx.inter_pad)
         if a2 is not None:
-            v[pairs, :rank] = h[pairs].to(torch.float32) @ a2.T
+            v[held, :rank] = h[held].to(torch.float32) @ a2.T
     return v
 
 
@@ -74,21 +75,21 @@ def expand2(
     y: Tensor,  # (P, H) float32
 ) -> Tensor:
     """Add scaling * B2 v to y, in place."""
-    for expert, slot, pairs in _segments(plan, ctx):
+    for expert, slot, held in _segments(plan, ctx):
         rank = int(ctx.rank[slot, DOWN, expert])
         b2 = _factor(ctx, slot, expert, B2, ctx.hidden_size, rank)
         if b2 is not None:
-            y[pairs] += ctx.scaling[slot, DOWN, expert] * (v[pairs, :rank] @ b2.T)
+            y[held] += ctx.scaling[slot, DOWN, expert] * (v[held, :rank] @ b2.T)
     return y
 
 
-def _segments(plan: Plan, ctx: MoELoRAContext) -> Iterator[tuple[int, int, Tensor]]:
-    """(expert, slot, pairs) of every segment that has an adapter.
+def _segments(plan: Plan, ctx: MoELoRAContext) -> Iterator[tuple[int, int, slice]]:
+    """(expert, slot, sorted rows) of every segment that has an adapter.
 
     Raises:
         AdapterError: a slot that no adapter has.
     """
-    table = plan.segments.tolist()
+    table = [] if plan.segments is None else plan.segments.tolist()
     for (expert, slot, begin), (_, _, end) in itertools.pairwise(table):
         if expert == NO_EXPERT or slot == BASE_SLOT:
             continue
@@ -99,7 +100,7 @@ def _segments(plan: Plan, ctx: MoELoRAContext) -> Iterator[tuple[int, int, Tenso
                 rule=f"{BASE_SLOT} for the base, or a slot from 0 to {ctx.num_slots - 1}",
                 remedy="pass the slots of attached adapters",
             )
-        yield expert, slot, plan.rows[begin:end].to(torch.int64)
+        yield expert, slot, slice(begin, end)
 
 
 def _factor(ctx: MoELoRAContext, slot: int, expert: int, which: int, rows: int, columns: int) -> Tensor | None:

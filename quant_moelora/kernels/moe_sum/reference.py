@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from quant_moelora.core.quant_info import MoEQuantInfo
-from quant_moelora.core.routing import Routing
+from quant_moelora.core.routing import Plan, Routing
 
 
 def moe_sum(
-    y: Tensor,  # (P, H) float, row = pair
+    y: Tensor,  # (P, H) float, in sorted order
     info: MoEQuantInfo,
     routing: Routing,
+    plan: Plan,
     out: Tensor,  # (M, H) activation dtype
 ) -> Tensor:
     """Sum weight * y over the pairs of a token in float32, in the order of its top-k, and round once.
@@ -22,7 +23,7 @@ def moe_sum(
     ids, weights = routing.topk_ids, routing.topk_weights
     valid = (ids >= 0) & (ids < info.num_experts)
     total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
-    rows = y.unflatten(0, ids.shape)
+    rows = y[plan.inverse.to(torch.int64)].unflatten(0, ids.shape)
     for slot in range(routing.top_k):
         held = valid[:, slot, None]
         row = torch.where(held, rows[:, slot].to(torch.float32), 0.0)
