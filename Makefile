@@ -1,14 +1,15 @@
-# demo    install into .venv, then one forward of a small quantised model with an adapter, on the CPU
-# test    install into .venv, then everything that needs no GPU
-# check   the static part of it
-# gpu     the GPU tests, with this machine's own python3 and packages: nothing is installed
-# clean   remove what the others made
+# demo          install into .venv, then one forward of a small quantised model with an adapter, on the CPU
+# test          install into .venv, then everything that needs no GPU
+# check         the static part of it
+# gpu           the GPU tests, with this machine's own python3 and packages: nothing is installed
+# compile-all   compile each kernel for each supported GPU, with the installed Triton or with TRITON=3.6.0
+# clean         remove what the others made
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check static gpu clean
+.PHONY: demo test check static gpu compile-all clean
 
 demo: $(VENV)/.installed
 	$(BIN)/quant-moelora demo
@@ -26,6 +27,15 @@ static: $(VENV)/.installed-test
 
 gpu:
 	$(PYTHON) -m pytest tests -m gpu -q
+
+# Another Triton lies in a folder of its own, without what it depends on: only its compiler is wanted.
+compile-all: $(VENV)/.installed-test $(if $(TRITON),$(VENV)/triton-$(TRITON))
+	PYTHONPATH=$(if $(TRITON),$(VENV)/triton-$(TRITON)) $(BIN)/python -m pytest -m compile_all -v tests/kernels
+
+$(VENV)/triton-%: $(VENV)/.installed-test
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$* || { rm -rf $@; exit 1; }
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

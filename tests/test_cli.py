@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "quant_moelora" / "data" / "demo"
 MODEL = str(DEMO / "model")
 ADAPTERS = [f"--adapter={name}={DEMO / 'adapters' / name}" for name in ("a", "b")]
+NO_CUDA = "device cpu is no CUDA device"  # what marlin says where there is none
 PROMPT = "t69 t250 t133"
 LAYER_FIELDS = {
     "layers",
@@ -120,7 +121,7 @@ def test_inspect_json(command: Command) -> None:
         "scheme": "w4a16_g32_asym",
         "formats": dict.fromkeys(("gate", "up", "down"), "gptq w4a16_g32_asym"),
         "packed_bytes": packed,
-        "backends": {"reference": []},
+        "backends": {"marlin": [] if torch.cuda.is_available() else [NO_CUDA], "reference": []},
     }
 
 
@@ -144,7 +145,11 @@ def test_inspect_json_of_every_golden_checkpoint(command: Command, golden: Path,
     (layer,) = found["experts"]
     assert layer.keys() == LAYER_FIELDS
     assert (layer["scheme"], layer["layers"], found["quantized_linears"]) == (scheme, layers, linears)
-    assert layer["backends"] == {"reference": []}
+    against = layer["backends"]
+    assert against.keys() == {"marlin", "reference"} and against["reference"] == []
+    assert (NO_CUDA in against["marlin"]) is not torch.cuda.is_available()
+    unquantised = [f"{name} is not quantised" for name in ("w13", "w2")]
+    assert [reason for reason in against["marlin"] if reason.endswith("quantised")] == unquantised * (scheme == "none")
 
 
 def edited(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:

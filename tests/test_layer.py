@@ -112,7 +112,7 @@ class TestRefusals:
         experts = MoEExperts(build().info)
         x, ids, weights = tokens()
         with pytest.raises(
-            BackendError, match=r"backend auto for w4a16_g32_asym on cpu in torch.float64: got reference"
+            BackendError, match=r"backend auto for w4a16_g32_asym on cpu in torch.float64: got .*; reference: "
         ):
             experts(x.double(), ids, weights)
         assert experts(x, ids, weights).dtype == torch.float32

@@ -9,10 +9,11 @@ import torch
 from quant_moelora.core.backend import ExpertsBackend, Verdict
 from quant_moelora.core.errors import BackendError
 from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.experts.marlin import MarlinBackend
 from quant_moelora.experts.reference import ReferenceBackend
 
 AUTO = "auto"
-BACKENDS: tuple[ExpertsBackend, ...] = (ReferenceBackend(),)
+BACKENDS: tuple[ExpertsBackend, ...] = (MarlinBackend(), ReferenceBackend())
 
 
 @dataclass(frozen=True)

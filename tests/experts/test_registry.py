@@ -16,6 +16,7 @@ from quant_moelora.core.quant_info import MoEQuantInfo, Shard
 from quant_moelora.core.routing import Routing
 from quant_moelora.core.workspace import Workspace
 from quant_moelora.experts import registry
+from quant_moelora.experts.marlin import MarlinBackend
 from quant_moelora.experts.reference import ReferenceBackend
 from quant_moelora.experts.registry import BACKENDS, Selection, judge, select_backend
 from quant_moelora.layer import MoEExperts
@@ -117,6 +118,7 @@ def test_no_backend_registered_but_declining_ones_are_asked_with_a_meta_info(inf
     verdicts = judge(info.to("meta"), torch.device("cuda"), torch.bfloat16, lora=True)
     assert set(verdicts) == {backend.name for backend in BACKENDS}
     assert verdicts["reference"].ok
+    assert verdicts["marlin"].ok or not torch.cuda.is_available()
 
 
 def test_report() -> None:
@@ -166,3 +168,44 @@ def test_reference_declines_with_every_reason(info: MoEQuantInfo) -> None:
         "activation dtype torch.float64 is not float32, bfloat16 or float16",
         "the layer is shard 1 of 4",
     )
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A CUDA device of compute capability 9.0, as far as a backend asks."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return torch.device("cuda")
+
+
+@pytest.mark.parametrize("group", [16, 32, 48, 64, 128, 192, 256, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_marlin_serves(group: int | None, dtype: torch.dtype, hopper: torch.device) -> None:
+    for bits, symmetric in ((4, True), (4, False), (8, True), (8, False)):
+        info = layer(scheme(bits, group, symmetric), experts=1).info.to("meta")
+        assert MarlinBackend().supports(info, hopper, dtype, lora=True) == Verdict()
+
+
+def test_marlin_declines_with_every_reason(hopper: torch.device) -> None:
+    info = replace(layer(scheme(4, 24), experts=1).info, shard=Shard(1, 4))
+    assert MarlinBackend().supports(info, CPU, torch.float32, lora=True).reasons == (
+        "device cpu is no CUDA device",
+        "activation dtype torch.float32 is not bfloat16 or float16",
+        "w13 has groups of 24 columns, whose least common part with 128 is below 16",
+        "w2 has groups of 24 columns, whose least common part with 128 is below 16",
+        "the layer is shard 1 of 4",
+    )
+    unquantised = layer(torch.bfloat16, experts=1).info
+    reasons = ("w13 is not quantised", "w2 is not quantised")
+    assert MarlinBackend().supports(unquantised, hopper, torch.bfloat16, lora=False).reasons == reasons
+
+
+def test_marlin_declines_an_old_or_absent_gpu(
+    info: MoEQuantInfo, hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    reasons = ("cuda has compute capability 7.5, below 8.0",)
+    assert MarlinBackend().supports(info, hopper, torch.float16, lora=True).reasons == reasons
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    reasons = ("torch sees no CUDA device to be cuda",)
+    assert MarlinBackend().supports(info, hopper, torch.float16, lora=True).reasons == reasons

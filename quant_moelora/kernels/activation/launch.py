@@ -1,0 +1,56 @@
+"""The activation between the two GEMMs on the GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.core.routing import Routing
+from quant_moelora.kernels.common.launch import overlaps
+
+_BLOCK = 1024  # columns of a program, at most
+
+
+def activate(
+    gate_up: Tensor,  # (P, halves*inter_pad) float in sorted order, or (parts, P, halves*inter_pad) float32
+    info: MoEQuantInfo,
+    routing: Routing,
+    rows: Tensor | None,  # (P,) int32, pair of each sorted row; None where rows are pairs
+    out: Tensor,  # (P, inter_pad) activation dtype
+) -> Tensor:
+    """Write act(gate_up) of every row that has an expert; the columns of the padding become 0.
+
+    Parts are summed in their order and rounded to the dtype of ``out`` first, as if there were none.
+    """
+    if not len(out):
+        return out
+    from quant_moelora.kernels.activation.kernel import activate_kernel
+
+    kernel: Any = activate_kernel  # Triton's launcher has no types
+
+    activation, inter_pad = info.activation, info.inter_pad
+    block = min(_BLOCK, 1 << (inter_pad - 1).bit_length())
+    overlap = overlaps(out.device)
+    kernel[(len(out), -(-inter_pad // block))](
+        gate_up,
+        gate_up.stride(0) if gate_up.ndim == 3 else 0,
+        out,
+        rows,
+        routing.topk_ids.contiguous(),
+        routing.topk_weights.contiguous(),
+        info.num_experts,
+        info.intermediate_size,
+        INTER_PAD=inter_pad,
+        GATED=activation.gated,
+        WEIGHTED=info.router_weight == "input",
+        NAME=activation.name,
+        ALPHA=activation.alpha or 0.0,
+        LIMIT=activation.limit or 0.0,
+        PARTS=gate_up.shape[0] if gate_up.ndim == 3 else 1,
+        BLOCK=block,
+        OVERLAP=overlap,
+        launch_pdl=overlap,
+    )
+    return out

@@ -1,0 +1,1 @@
+"""x in the column order of each half of an act-ordered weight."""

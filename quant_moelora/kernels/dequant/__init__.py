@@ -1,0 +1,1 @@
+"""From packed codes to the weights that a matrix unit multiplies."""

@@ -1,0 +1,137 @@
+"""Scales and zero points of a packed weight as the dequantisation wants them, for one compute dtype."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core import packing
+from quant_moelora.core.errors import UnsupportedError
+from quant_moelora.core.weights import PackedWeight
+
+# Columns of the widest step of a kernel; a group is a whole number of them or divides them.
+_STEP = 128
+LEAST_GROUP = 16  # columns of one matrix instruction, which share a register
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one dtype turns codes into weights; see `kernel`.
+
+    Attributes:
+        one_step: whether a symmetric weight is one FMA.
+        scale: factors of the scales of rows in the low and in the high half of a pair.
+        zero: factor of the zero points.
+        bound: scales have to be below 2**bound; larger ones are halved until they are, and the sums doubled again.
+    """
+
+    one_step: bool
+    scale: tuple[float, float]
+    zero: float
+    bound: int
+
+
+def recipe(dtype: torch.dtype, bits: int, symmetric: bool) -> Recipe:
+    """The recipe for a compute dtype, bfloat16 or float16.
+
+    int4 codes of the high row of a pair stand at bit 4, 16 times as large, which one step takes back from the scale.
+    """
+    if dtype == torch.float16:
+        return Recipe(False, (2.0**9, 2.0**9), -(2.0**-9), bound=6)  # 2**15 is float16's largest power
+    if symmetric:
+        return Recipe(True, (2.0**133, 2.0**129 if bits == 4 else 2.0**133), 0.0, bound=-5)  # 2**127 is bfloat16's
+    return Recipe(False, (2.0**6, 2.0**6), -(2.0**-6), bound=121)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedWeight:
+    """What a kernel reads of a weight besides its codes.
+
+    Attributes:
+        group: columns that share a scale, after `regrouped`.
+        scales: int32 [E, rows/64, k_pad/group, 32] of pairs of `dtype`.
+        zeros: the same for zero points, or the int32 that serves every code of a symmetric weight.
+        post: float32 [E], powers of two that the sums of each expert are multiplied with; None if all are 1.
+        lossy: what the cast of the scales lost, in words; None if nothing.
+        one_step: see `Recipe`.
+    """
+
+    group: int
+    scales: Tensor  # (E, rows/64, k_pad/group, 32) int32
+    zeros: Tensor | int  # as scales
+    post: Tensor | None  # (E,) float32
+    lossy: str | None
+    one_step: bool
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors held, as ``name.field``."""
+        held = {"scales": self.scales, "zeros": self.zeros, "post": self.post}
+        return {f"{name}.{field}": value for field, value in held.items() if isinstance(value, Tensor)}
+
+
+def regrouped(weight: PackedWeight) -> int:
+    """Group size that the kernels serve and that divides the weight's own."""
+    return weight.group if weight.group % _STEP == 0 else math.gcd(weight.group, _STEP)
+
+
+def prepare(weight: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
+    """Cast scales to ``dtype`` and fold the powers of two of the dequantisation into them.
+
+    Exact but for the cast, which `PreparedWeight.lossy` reports.
+
+    Raises:
+        UnsupportedError: a scale is beyond the largest value of ``dtype``.
+    """
+    how = recipe(dtype, weight.scheme.bits, weight.scheme.symmetric)
+    group = regrouped(weight)
+    stored = packing.unpack_pairs(weight.scales, weight.scheme.scale_dtype).to(torch.float32)  # (E, rows, groups)
+    cast = stored.to(dtype).to(torch.float32)
+    if bool((cast.isinf() & stored.isfinite()).any()):
+        raise UnsupportedError(
+            "scales",
+            got=f"up to {float(stored.abs().max())}",
+            rule=f"at most {torch.finfo(dtype).max}, the largest {str(dtype).removeprefix('torch.')}",
+            remedy="compute in bfloat16",
+        )
+    exponent = torch.frexp(cast.abs().amax(dim=(1, 2)))[1] - how.bound  # the largest is below 2**(exponent + bound)
+    excess = exponent.clamp(min=0).to(torch.float64)
+    factor = torch.exp2(-excess)[:, None, None] * _by_row(cast.shape[1], how.scale, cast.device)  # beyond float32
+    scaled = (cast.to(torch.float64) * factor).to(torch.float32)
+    repeat = weight.group // group
+    zeros: Tensor | int = 0
+    if weight.zeros is not None:
+        integers = packing.unpack_pairs(weight.zeros, torch.int16).to(torch.float32)
+        zeros = _pairs(integers * how.zero, repeat, dtype)
+    elif not how.one_step:
+        addend = torch.full((2,), weight.scheme.symmetric_zero * how.zero, dtype=dtype)
+        zeros = int(addend.view(torch.int32))
+    return PreparedWeight(
+        group=group,
+        scales=_pairs(scaled, repeat, dtype),
+        zeros=zeros,
+        post=torch.exp2(excess).to(torch.float32) if bool(excess.any()) else None,
+        lossy=_loss(stored, cast, weight.scheme.scale_dtype, dtype),
+        one_step=how.one_step,
+    )
+
+
+def _by_row(rows: int, factors: tuple[float, float], device: torch.device) -> Tensor:  # (rows, 1) float64
+    """Factor of each row: rows n and n + 8 of 16 share a pair."""
+    low, high = (torch.full((8,), factor, dtype=torch.float64, device=device) for factor in factors)
+    return torch.cat((low, high)).repeat(rows // 16)[:, None]
+
+
+def _pairs(values: Tensor, repeat: int, dtype: torch.dtype) -> Tensor:  # values (E, rows, groups) float32
+    return packing.pack_pairs(values.to(dtype).repeat_interleave(repeat, dim=-1))
+
+
+def _loss(stored: Tensor, cast: Tensor, source: torch.dtype, dtype: torch.dtype) -> str | None:
+    """The loss of a cast of scales, both float32 [E, rows, groups], in words."""
+    if source == dtype or bool((stored == cast).all()):
+        return None
+    worst = float(((cast - stored).abs() / stored.abs().clamp(min=torch.finfo(torch.float32).tiny)).max())
+    names = [str(d).removeprefix("torch.") for d in (source, dtype)]
+    return f"scales rounded from {names[0]} to {names[1]}, by at most {worst:.1e} of their value"

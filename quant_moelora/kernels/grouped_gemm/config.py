@@ -1,0 +1,80 @@
+"""Tiles of the grouped GEMM: a pure function of logical dimensions."""
+
+from __future__ import annotations
+
+from quant_moelora.kernels.grouped_gemm.spec import Tile
+
+# Programs below which a launch leaves the memory idle: four on each of an H200's 132 multiprocessors.
+_FULL = 528
+_LEAST_STEPS = 3  # of a program, below which a split costs more than it brings
+
+
+def expected_rows(num_pairs: int, num_experts: int) -> float:
+    """Pairs of an expert that has any, if experts are drawn evenly."""
+    return num_pairs / _active(num_pairs, num_experts)
+
+
+def _active(num_pairs: int, num_experts: int) -> float:
+    return num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** num_pairs)
+
+
+def is_direct(num_pairs: int, num_experts: int) -> bool:
+    """Whether each pair is a tile of its own: so few that experts hardly repeat; a sort costs more than it saves."""
+    return 4 * num_pairs <= num_experts
+
+
+def _is_large(capability: tuple[int, int]) -> bool:
+    """Whether the largest tiles fit: on sm_90 and sm_100, whose matrix units read x from shared memory.
+
+    Others need registers for x as well, so that int4 tiles of 128 rows spill, and sm_86, sm_89 and sm_120 have 99 KB of
+    shared memory for a block, where these take 113.
+    """
+    return capability[0] in {9, 10}
+
+
+def tile_rows(num_pairs: int, num_experts: int, capability: tuple[int, int]) -> int:
+    """Most rows of a tile, for both GEMMs of a layer, since they share the list of tiles."""
+    rows = expected_rows(num_pairs, num_experts)
+    return 16 if rows <= 10 else 32 if rows <= 24 else 64 if rows <= 40 or not _is_large(capability) else 128
+
+
+def choose_tile(
+    num_pairs: int,
+    num_experts: int,
+    n: int,
+    k: int,
+    bits: int,
+    capability: tuple[int, int],
+    *,
+    fused: bool,
+    halves_apart: bool,
+) -> Tile:
+    """Tile for a weight of n x k stored rows and columns; the table behind it is in benchmarks/NOTES.md.
+
+    It must not depend on adapters: rows without one are bitwise those of the base model.
+
+    Args:
+        num_pairs: P.
+        num_experts: E.
+        n: stored rows, all halves; a multiple of 64.
+        k: stored columns; a multiple of 64.
+        bits: of a code.
+        capability: compute capability of the GPU.
+        fused: whether the activation is applied to the tile, which then holds as many rows of gate as of up.
+        halves_apart: whether a tile has to lie in one of the two halves of n rows.
+    """
+    bm, rows = tile_rows(num_pairs, num_experts, capability), expected_rows(num_pairs, num_experts)
+    rows_of_tiles = n // 2 if halves_apart else n
+    narrow = not fused and (rows_of_tiles % 128 != 0 or rows <= 1.5)
+    bn, bk = 64 if narrow else 128, 128 if k % 128 == 0 else 64
+    if bm == 64:
+        wide = _is_large(capability) and n % 512 == 0 and not halves_apart  # each row of x is read half as often
+        return Tile(bm, 256 if wide else bn, 64, stages=4, mixed=True, group_m=2)
+    if bm == 128:
+        bk = 64 if bits == 8 else bk  # so that two programs fit a multiprocessor's shared memory
+        return Tile(bm, bn, bk, stages=3 if bk == 128 else 4, mixed=True, group_m=2)
+    split, programs, steps = 1, _active(num_pairs, num_experts) * (n // bn), k // bk
+    if bm == 16 and not fused:
+        while programs * split < _FULL and steps % (2 * split) == 0 and steps // (2 * split) >= _LEAST_STEPS:
+            split *= 2
+    return Tile(bm, bn, bk, stages=4, split=split, registers=128 if bm == 16 else None)

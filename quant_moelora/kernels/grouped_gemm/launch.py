@@ -1,0 +1,119 @@
+"""Launch of the grouped GEMM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core.activations import Activation
+from quant_moelora.core.weights import PackedWeight
+from quant_moelora.kernels.common.launch import overlaps
+from quant_moelora.kernels.dequant.prepare import PreparedWeight
+from quant_moelora.kernels.grouped_gemm.spec import GemmSpec, Tile
+
+_INT32_MAX = 2**31 - 1
+# Tiles with which a launch during the kernel before pays; with 32 rows 10 % was lost (benchmarks/NOTES.md).
+_OVERLAPPING_ROWS = 16
+
+
+def grouped_gemm(
+    x: Tensor,  # (M, columns), (P, columns) in sorted order, or (halves, P, k_pad) in each half's column order
+    weight: PackedWeight,
+    prepared: PreparedWeight,
+    tiles: Tensor,  # (T, 4) int32 of `align`, or the router's ids (P,), each pair a tile of its own
+    rows: Tensor | None,  # (P,) int32, pair of each sorted row; None with ids
+    top_k: int | None,
+    out: Tensor,  # (P, columns) of x's dtype, or (split, P, columns) float32
+    tile: Tile,
+    activation: Activation | None = None,
+    *,
+    plain: bool = False,
+) -> Tensor:
+    """Multiply each sorted row with its expert's weight, add the bias, round once into ``out``.
+
+    Sorted row i reads the row of x of its token, rows[i] // top_k; without a top_k row i. Only rows with an expert are
+    written. A tile with a split leaves partial sums, whose sum over the first dimension in its order is the product.
+
+    Args:
+        weight: the weight.
+        prepared: its scales and zero points for x's dtype.
+        tiles: the work.
+        rows: the plan's rows.
+        top_k: of w13; None for x in sorted order.
+        out: all columns of the weight, or the logical ones of one half.
+        tile: how to cut it.
+        activation: applied to gate and up, rounded to the dtype of ``out``, which then has the columns of one half.
+        plain: for the interpreter, with scales and zero points as they are stored.
+    """
+    from quant_moelora.kernels.grouped_gemm.kernel import grouped_gemm_kernel
+
+    kernel: Any = grouped_gemm_kernel  # Triton's launcher has no types
+
+    spec = _spec(x, weight, prepared, rows is None, top_k, out, tile, activation, plain=plain)
+    row_tiles = tiles.shape[0]
+    if not row_tiles:
+        return out
+    kernel[(row_tiles * (weight.rows // tile.bn), tile.split)](
+        x,
+        x.stride(-2),
+        x.stride(0) if spec.by_half else 0,
+        weight.qweight,
+        prepared.scales,
+        prepared.zeros,
+        prepared.scales if prepared.post is None else prepared.post,
+        prepared.scales if weight.bias is None else weight.bias,
+        out,
+        out.stride(-2),
+        out.stride(0) if tile.split > 1 else 0,
+        tiles if rows is None else rows,
+        tiles,
+        row_tiles,
+        weight.num_experts,
+        top_k or 1,
+        SPEC=spec,
+        launch_pdl=spec.overlap,
+        num_warps=tile.warps,
+        maxnreg=tile.registers,
+    )
+    return out
+
+
+def _spec(
+    x: Tensor,
+    weight: PackedWeight,
+    prepared: PreparedWeight,
+    direct: bool,
+    top_k: int | None,
+    out: Tensor,
+    tile: Tile,
+    activation: Activation | None,
+    *,
+    plain: bool,
+) -> GemmSpec:
+    """What the kernel is compiled for; parameters as of `grouped_gemm`."""
+    return GemmSpec(
+        tile=tile,
+        n=weight.rows,
+        k=weight.k_pad,
+        x_columns=min(x.shape[-1], weight.k_pad),
+        n_out=out.shape[-1],
+        half_rows=weight.n_pad,
+        bits=weight.scheme.bits,
+        group=prepared.group,
+        zeros=isinstance(prepared.zeros, Tensor),
+        one_step=prepared.one_step,
+        fp16=x.dtype == torch.float16,
+        has_bias=weight.bias is not None,
+        has_post=prepared.post is not None,
+        by_half=x.ndim == 3,
+        gather=top_k is not None,
+        direct=direct,
+        activation="" if activation is None else activation.name,
+        alpha=0.0 if activation is None else activation.alpha or 0.0,
+        limit=0.0 if activation is None else activation.limit or 0.0,
+        wide=x.shape[-2] * x.stride(-2) > _INT32_MAX,
+        overlap=tile.bm == _OVERLAPPING_ROWS and overlaps(x.device),
+        plain=plain,
+    )

@@ -1,0 +1,93 @@
+"""Where kernels are launched, and what they are given.
+
+With TRITON_INTERPRET=1, which is read when triton is imported, they are interpreted on the CPU, in float16 (the
+interpreter's bfloat16 is another number) and without inline assembly; otherwise these tests are GPU tests.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant_moelora.core import packing
+from quant_moelora.core.weights import PackedWeight
+from quant_moelora.kernels.dequant.prepare import PreparedWeight, prepare, regrouped
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+MARKS = [] if INTERPRETED else [pytest.mark.gpu]
+DTYPES = (torch.float16,) if INTERPRETED else (torch.bfloat16, torch.float16)
+EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# Relative Frobenius error of a GEMM's output against float64. Its weights and its output are rounded to 8 or 11 bits,
+# each by 0.4 units on the root mean square: sqrt(2) * 0.4 * 2**-8 = 2.2e-3, and 2.8e-4.
+FROBENIUS = {torch.bfloat16: 3e-3, torch.float16: 6e-4}
+
+
+def poison(*shape: int, dtype: torch.dtype) -> Tensor:
+    """An output in which a value that nobody wrote shows."""
+    return torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+
+
+def cast_scales(weight: PackedWeight, dtype: torch.dtype) -> PackedWeight:
+    """The weight with its scales in ``dtype``, as the kernels hold them."""
+    scales = packing.unpack_pairs(weight.scales, weight.scheme.scale_dtype).to(dtype)
+    return replace(weight, scales=packing.pack_pairs(scales), scheme=replace(weight.scheme, scale_dtype=dtype))
+
+
+def held_values(weight: PackedWeight, dtype: torch.dtype) -> Tensor:  # (E, halves, n, k) float64
+    """What the matrix unit multiplies: (q - zero) * scale rounded once to ``dtype``."""
+    return cast_scales(weight, dtype).dequantize().to(dtype).double()
+
+
+def prepared(weight: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
+    """`prepare`; interpreted, the pairs as they are stored, each as often as `regrouped` divides its group."""
+    if not INTERPRETED:
+        return prepare(weight, dtype)
+    weight, group = cast_scales(weight, dtype), regrouped(weight)
+    zeros = 0 if weight.zeros is None else weight.zeros.repeat_interleave(weight.group // group, 2)
+    return PreparedWeight(
+        group=group,
+        scales=weight.scales.repeat_interleave(weight.group // group, 2),
+        zeros=zeros,
+        post=None,
+        lossy=None,
+        one_step=False,
+    )
+
+
+def pairwise(factors: Mapping[str, Sequence[Any]], seed: int = 0) -> list[dict[str, Any]]:
+    """Few combinations in which every two values of two factors meet: the best of 100 random ones, until all have."""
+    draw = random.Random(seed)
+    names = list(factors)
+    missing = {
+        ((a, i), (b, j))
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(factors[a]))
+        for j in range(len(factors[b]))
+    }
+
+    def covers(indices: dict[str, int]) -> set[tuple[tuple[str, int], tuple[str, int]]]:
+        return missing & set(itertools.combinations(indices.items(), 2))
+
+    chosen: list[dict[str, Any]] = []
+    while missing:
+        wanted = dict(min(missing))  # so that each choice covers at least one pair
+        candidates = [{n: wanted.get(n, draw.randrange(len(factors[n]))) for n in names} for _ in range(100)]
+        best = max(candidates, key=lambda indices: len(covers(indices)))
+        missing -= covers(best)
+        chosen.append({name: factors[name][index] for name, index in best.items()})
+    return chosen
+
+
+def label(value: object) -> str:
+    """Of one combination, for the name of its test."""
+    assert isinstance(value, dict)
+    return "-".join(str(getattr(v, "name", v)).removeprefix("torch.") for v in value.values())

@@ -1,0 +1,161 @@
+"""The kernels between and behind the GEMMs: activation, weighted sum, x in the order of an act-ordered weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant_moelora.core.activations import ACTIVATIONS, Activation
+from quant_moelora.core.routing import Routing
+from quant_moelora.kernels.activation.launch import activate
+from quant_moelora.kernels.align import reference
+from quant_moelora.kernels.by_half.launch import by_half
+from quant_moelora.kernels.moe_sum.launch import moe_sum
+from tests import builders
+from tests.builders import layer, move, packed, roundoff, routing, scheme
+from tests.launched.cases import DEVICE, EACH_DTYPE, MARKS, poison
+
+pytestmark = MARKS
+EXPERTS = 4
+ROUTER_WEIGHT = pytest.mark.parametrize("router_weight", ["output", "input"])
+# 0 is a GEMM's output, 1 the same in float32 (with an adapter's delta), more are partial sums.
+PARTS = pytest.mark.parametrize("parts", [0, 1, 2, 4], ids=["output", "float32", "2 parts", "4 parts"])
+SORTED = pytest.mark.parametrize("in_order", [False, True], ids=["pairs", "sorted"])
+
+
+def given(shape: tuple[int, int], parts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What a kernel reads, in ``dtype`` or float32 parts, and the values it means, float64."""
+    if not parts:
+        whole = torch.randn(shape).to(dtype)
+        return whole, whole.double()
+    values = torch.randn(parts, *shape)
+    total = values[0]
+    for part in values[1:]:
+        total = total + part
+    return (values[0], total.double()) if parts == 1 else (values, total.to(dtype).double())
+
+
+def order(case: Routing, in_order: bool) -> tuple[Tensor | None, Tensor | None, list[int]]:
+    """Pair of each row and row of each pair as the launch takes them, and the pair of each row."""
+    if not in_order:
+        return None, None, list(range(case.num_pairs))
+    plan = reference.align(case, EXPERTS)
+    return plan.rows.to(DEVICE), plan.inverse.to(DEVICE), plan.rows.tolist()
+
+
+@EACH_DTYPE
+@PARTS
+@SORTED
+@ROUTER_WEIGHT
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(("inter", "pad"), [(40, 64), (1060, 1088)])
+def test_activation(
+    inter: int,
+    pad: int,
+    name: Any,
+    gated: bool,
+    router_weight: Any,
+    in_order: bool,
+    parts: int,
+    dtype: torch.dtype,
+) -> None:
+    clamped = name == "swigluoai"
+    if clamped and not gated:
+        return
+    activation = Activation(name, gated, **({"alpha": 1.702, "limit": 1.0} if clamped else {}))
+    info = layer(scheme(), experts=EXPERTS, inter=inter, activation=activation, router_weight=router_weight).info
+    case = routing(5, 2, EXPERTS)
+    gate_up, values = given((10, activation.halves * pad), parts, dtype)
+    rows, _, pairs = order(case, in_order)
+    for columns in range(inter, activation.halves * pad, pad):  # what stands in the padding must not matter
+        gate_up[..., columns : columns + pad - inter] = torch.nan
+    out = poison(10, pad, dtype=dtype)
+    assert activate(gate_up.to(DEVICE), info, move(case, DEVICE), rows, out) is out
+    out = out.cpu()
+    for row, pair in enumerate(pairs):
+        if not 0 <= int(case.topk_ids.flatten()[pair]) < EXPERTS:
+            assert out[row].isnan().all()
+            continue
+        weight = float(case.topk_weights.flatten()[pair]) if router_weight == "input" else 1.0
+        gate, up = (values[row] * weight)[:inter], (values[row] * weight)[-pad:][:inter]
+        want = builders.activate(activation, gate if gated else None, up)
+        # Some ten operations in float32 on values of about the size of the factors (gelu cancels), one rounding.
+        size = want.abs() + up.abs() * (gate.abs() if gated else 1)
+        bound = 32 * roundoff(torch.float32) * size + 1.01 * roundoff(dtype) * want.abs() + 1e-7
+        assert ((out[row, :inter].double() - want).abs() <= bound).all()
+        assert (out[row, inter:] == 0).all()
+
+
+@EACH_DTYPE
+@PARTS
+@SORTED
+@ROUTER_WEIGHT
+@pytest.mark.parametrize(("tokens", "top_k", "hidden"), [(5, 1, 72), (7, 2, 200), (3, 5, 64)])
+def test_moe_sum(
+    tokens: int, top_k: int, hidden: int, router_weight: Any, in_order: bool, parts: int, dtype: torch.dtype
+) -> None:
+    info = layer(scheme(), experts=EXPERTS, hidden=hidden, router_weight=router_weight).info
+    case = routing(tokens, top_k, EXPERTS)
+    case.topk_ids[0] = torch.tensor([-1, EXPERTS, 99, -7, EXPERTS])[:top_k]  # a token without any expert
+    held = (case.topk_ids >= 0) & (case.topk_ids < EXPERTS)
+    case.topk_weights[~held] = torch.nan  # which nobody may read, nor the rows
+    y, values = given((tokens * top_k, hidden), parts, dtype)
+    _, inverse, pairs = order(case, in_order)
+    for row, pair in enumerate(pairs):
+        if not held.flatten()[pair]:
+            y[..., row, :] = torch.nan
+    out = poison(tokens, hidden, dtype=dtype)
+    assert moe_sum(y.to(DEVICE), info, move(case, DEVICE), inverse, out) is out
+    out = out.cpu()
+    assert (out[0] == 0).all()
+    for token in range(tokens):
+        want, size = torch.zeros(hidden, dtype=torch.float64), torch.zeros(hidden, dtype=torch.float64)
+        for j in range(top_k):
+            pair = token * top_k + j
+            if held[token, j]:
+                weight = float(case.topk_weights[token, j]) if router_weight == "output" else 1.0
+                want += weight * values[pairs.index(pair)]
+                size += abs(weight) * values[pairs.index(pair)].abs()
+        # A product and a sum for each pair in float32, then one rounding.
+        growth = 2 * top_k * roundoff(torch.float32) * size
+        bound = growth + 1.01 * roundoff(dtype) * (want.abs() + growth) + 2.0**-25  # half of float16's least subnormal
+        assert ((out[token].double() - want).abs() <= bound).all()
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize(("k", "top_k"), [(64, 2), (72, 1), (1096, 3)], ids=str)
+def test_by_half(k: int, top_k: int, halves: int, dtype: torch.dtype) -> None:
+    weight = packed(scheme(4, 64), experts=EXPERTS, halves=halves, k=k, act_order=True).weight
+    assert weight.k_perm is not None
+    case = routing(6, top_k, EXPERTS)
+    plan = reference.align(case, EXPERTS)
+    x = torch.randn(6, k).to(dtype)
+    out = poison(halves, case.num_pairs, weight.k_pad, dtype=dtype)
+    on_device = reference.align(move(case, DEVICE), EXPERTS)
+    assert by_half(x.to(DEVICE), weight.to(DEVICE), move(case, DEVICE), on_device, out) is out
+    for row, pair in enumerate(plan.rows.tolist()):
+        expert = int(case.topk_ids.flatten()[pair])
+        for half in range(halves):
+            if not 0 <= expert < EXPERTS:
+                assert out[half, row].isnan().all()
+                continue
+            columns = weight.k_perm[expert, half].tolist()
+            want = torch.tensor([float(x[pair // top_k, c]) if c >= 0 else 0.0 for c in columns]).to(dtype)
+            assert torch.equal(out[half, row].cpu(), want)
+
+
+def test_no_tokens() -> None:
+    info = layer(scheme(), experts=EXPERTS, act_order=True).info
+    case = move(Routing(torch.zeros(0, 2, dtype=torch.int32), torch.zeros(0, 2)), DEVICE)
+    plan = reference.align(case, EXPERTS)
+    nothing = torch.zeros(0, 128, dtype=torch.float16, device=DEVICE)
+    assert activate(nothing, info, case, plan.rows, nothing[:, :64]).shape == (0, 64)
+    assert moe_sum(nothing[:, :64], info, case, plan.inverse, nothing[:, :64]).shape == (0, 64)
+    weight = packed(scheme(4, 64), experts=EXPERTS, act_order=True).weight.to(DEVICE)
+    out = torch.zeros(1, 0, 64, dtype=torch.float16, device=DEVICE)
+    assert by_half(nothing[:, :64], weight, case, plan, out) is out
