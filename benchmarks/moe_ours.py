@@ -1,0 +1,161 @@
+"""The `marlin` backend under measurement: its layer, and the GEMMs that the layer launches, by themselves."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from benchmarks.moe_case import CHECKED_TOKENS, DTYPE, SHAPES, Case, random_info, random_weight, relative_error
+from quant_moelora.core.activations import Activation
+from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.core.routing import Routing
+from quant_moelora.core.weights import PackedWeight
+from quant_moelora.core.workspace import Workspace
+from quant_moelora.experts import marlin
+from quant_moelora.experts.base_injection import BaseInjection
+from quant_moelora.kernels.common.launch import overlaps
+from quant_moelora.kernels.dequant.prepare import PreparedWeight, prepare
+from quant_moelora.kernels.grouped_gemm import launch as gemm_launch
+from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
+from quant_moelora.kernels.grouped_gemm.spec import Tile
+from quant_moelora.layer import MoEExperts
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One call of `grouped_gemm`, to be made again. Its arguments are told apart by what they are."""
+
+    arguments: tuple[Any, ...]
+
+    def __call__(self) -> Tensor:
+        """Launch it."""
+        return grouped_gemm(*self.arguments)
+
+    def _held(self) -> Iterator[Any]:
+        for argument in self.arguments:
+            yield from argument if isinstance(argument, tuple) else (argument,)
+
+    def _first(self, kind: type[Any]) -> Any:
+        return next((value for value in self._held() if isinstance(value, kind)), None)
+
+    def _tensors(self, *, floats: bool) -> list[Tensor]:
+        return [t for t in self._held() if isinstance(t, Tensor) and t.is_floating_point() == floats]
+
+    @property
+    def detail(self) -> str:
+        """The tile and what is done with it, in words."""
+        tile, activation = self._first(Tile), self._first(Activation)
+        split = f" split {tile.split}" if tile.split > 1 else ""
+        fused = f" + {activation.name}" if activation else ""
+        return f"{tile.bm}x{tile.bn}x{tile.bk} w{tile.warps} s{tile.stages}{split}{fused}"
+
+    def plain(self) -> Launch:
+        """The same product without the activation, to be checked against the definition."""
+        if self._first(Activation) is None:
+            return self
+        x, out = self._tensors(floats=True)
+        whole = torch.empty(out.shape[0], self._first(PackedWeight).rows, dtype=x.dtype, device=x.device)
+        put = {id(out): whole, id(self._first(Activation)): None}
+        return Launch(tuple(put.get(id(argument), argument) for argument in self.arguments))
+
+    def error(self, ids: Tensor) -> float:  # ids (M, k)
+        """Relative error of what it computes from its x; see `relative_error`."""
+        x, out = self._tensors(floats=True)
+        out.fill_(float("nan"))
+        self()
+        out = out.sum(0) if out.ndim == 3 else out  # partial sums
+        pairs = torch.arange(ids.numel(), device=ids.device)
+        integers = self._tensors(floats=False)
+        if any(t.ndim == 2 for t in integers):  # a table of tiles: rows are sorted
+            pairs = next(t for t in integers if t.shape == pairs.shape).to(torch.int64)
+        if x.shape[0] != ids.numel():
+            x = x[pairs // ids.shape[1]]
+        return relative_error(out, x, ids.flatten()[pairs], self._first(PackedWeight))
+
+
+def record(forward: Callable[[], object]) -> list[Launch]:
+    """The calls of `grouped_gemm` that a forward of the backend makes: w13 and w2."""
+    launches: list[Launch] = []
+
+    def take(*arguments: Any) -> Tensor:
+        launches.append(Launch(arguments))
+        return grouped_gemm(*arguments)
+
+    with mock.patch.object(marlin, "grouped_gemm", take):
+        forward()
+    assert len(launches) == 2
+    return launches
+
+
+class Ours:
+    """Copies of a layer of MoEExperts."""
+
+    def __init__(self, info: MoEQuantInfo) -> None:
+        self._info = info
+        self._layers: list[MoEExperts] = []
+
+    def _layer(self, copy: int) -> MoEExperts:
+        while len(self._layers) <= copy:
+            info = self._info
+            if self._layers:
+                w13, w2 = (replace(w, qweight=w.qweight.clone(), scales=w.scales.clone()) for w in _packed(info))
+                info = replace(info, w13=w13, w2=w2)
+            self._layers.append(MoEExperts(info, backend="marlin"))
+        return self._layers[copy]
+
+    def layer(self, case: Case, copies: int) -> list[Callable[[], object]]:
+        """Forwards of the whole layer."""
+        return [
+            functools.partial(self._layer(copy), case.x, ids, case.topk_weights) for copy, ids in case.launches(copies)
+        ]
+
+    def gemms(self, case: Case, copies: int) -> tuple[list[Callable[[], object]], float | None, str]:
+        """The GEMMs of these forwards; their error, and the tiles in words."""
+        calls: list[Callable[[], object]] = []
+        error, detail = None, ""
+        for forward, (_, ids) in zip(self.layer(case, copies), case.launches(copies), strict=True):
+            launches = record(forward)
+            if not calls:
+                detail = "; ".join(f"{name} {call.detail}" for name, call in zip(("w13", "w2"), launches, strict=True))
+                if case.tokens <= CHECKED_TOKENS:
+                    error = max(launch.plain().error(ids) for launch in launches)
+            calls += launches
+        return calls, error, detail
+
+
+def _packed(info: MoEQuantInfo) -> tuple[PackedWeight, PackedWeight]:
+    assert isinstance(info.w13, PackedWeight) and isinstance(info.w2, PackedWeight)
+    return info.w13, info.w2
+
+
+def compile_ahead(name: str, bits: int, tokens: int) -> None:
+    """Compile what a case launches into Triton's cache, without tensors: for several processes at once."""
+    shape = SHAPES[name]
+    run: Any = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, **kwargs: Any) -> object:
+        return run(self, *args, **(kwargs | {"warmup": True}))
+
+    def prepared(weight: PackedWeight) -> PreparedWeight:
+        one = prepare(random_weight(1, weight.halves, weight.n, weight.k, bits, "cpu"), DTYPE)
+        scales = torch.empty(weight.num_experts, *one.scales.shape[1:], dtype=one.scales.dtype, device="meta")
+        return replace(one, scales=scales)
+
+    info = random_info(shape, bits, "meta")
+    w13, w2 = (prepared(weight) for weight in _packed(info))
+    whole = marlin.MarlinPrepared(info, DTYPE, {}, None, w13, w2)
+    x = torch.empty(tokens, shape.hidden, dtype=DTYPE, device="meta")
+    ids = torch.empty(tokens, shape.top_k, dtype=torch.int32, device="meta")
+    routing = Routing(ids, torch.empty(tokens, shape.top_k, device="meta"))
+    workspace = Workspace(torch.device("meta"))
+    as_on_gpu = mock.patch.object(gemm_launch, "overlaps", return_value=overlaps(torch.device("cuda")))
+    with mock.patch.object(JITFunction, "run", compile_only), as_on_gpu, torch.inference_mode():
+        for launch in record(lambda: marlin.MarlinBackend().apply(x, whole, routing, BaseInjection(info), workspace)):
+            launch.plain()()

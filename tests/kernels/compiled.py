@@ -1,0 +1,259 @@
+"""The kernels that the backend launches for real layers, compiled for a GPU that need not be there."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core import packing
+from quant_moelora.core.activations import Activation
+from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.core.routing import Plan, Routing
+from quant_moelora.core.scheme import QuantScheme
+from quant_moelora.core.weights import PackedWeight
+from quant_moelora.core.workspace import Workspace
+from quant_moelora.experts import marlin
+from quant_moelora.kernels.dequant.prepare import PreparedWeight, recipe, regrouped
+from quant_moelora.kernels.grouped_gemm import launch
+from quant_moelora.kernels.grouped_gemm.spec import GemmSpec, Tile
+from tests.kernels.sass import Code, Program
+
+
+class Shape(NamedTuple):
+    """A layer of a released model."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    inter: int
+    bias: bool = False
+    activation: Activation = Activation("silu")
+
+
+SHAPES = {
+    "qwen3-30b-a3b": Shape(128, 8, 2048, 768),
+    "mixtral-8x7b": Shape(8, 2, 4096, 14336),
+    "deepseek-v3": Shape(256, 8, 7168, 2048),
+    "gpt-oss-20b": Shape(32, 4, 2880, 2880, True, Activation("swigluoai", alpha=1.702, limit=7.0)),
+}
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+MAIN_SCHEME = QuantScheme(4, 128, True, torch.bfloat16)
+SCHEMES = [
+    QuantScheme(bits, group, symmetric, torch.bfloat16)
+    for bits, group, symmetric in itertools.product((4, 8), (32, 64, 128), (True, False))
+]
+DTYPES = (torch.bfloat16, torch.float16)
+_LONG = 9  # steps, from which on a loop is a loop whatever the compiler thinks of its length
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _weight(shape: Shape, scheme: QuantScheme, halves: int, n: int, k: int, n_pad: int) -> PackedWeight:
+    k_pad = packing.padded_columns(k, scheme.group_size)
+    assert scheme.group_size is not None
+    pairs = packing.pairs_shape(shape.experts, halves * n_pad, k_pad // scheme.group_size)
+    return PackedWeight(
+        num_experts=shape.experts,
+        halves=halves,
+        n=n,
+        k=k,
+        n_pad=n_pad,
+        k_pad=k_pad,
+        bias=_empty((shape.experts, halves * n_pad), torch.float32) if shape.bias else None,
+        scheme=scheme,
+        qweight=_empty(packing.qweight_shape(shape.experts, halves * n_pad, k_pad, scheme.bits)),
+        scales=_empty(pairs),
+        zeros=None if scheme.symmetric else _empty(pairs),
+        k_perm=None,
+    )
+
+
+def _layer(shape: Shape, scheme: QuantScheme) -> MoEQuantInfo:
+    inter_pad = packing.padded_columns(shape.inter, scheme.group_size)
+    w13 = _weight(shape, scheme, 2, shape.inter, shape.hidden, inter_pad)
+    w2 = _weight(shape, scheme, 1, shape.hidden, shape.inter, packing.padded_rows(shape.hidden))
+    return MoEQuantInfo(w13, w2, shape.activation)
+
+
+def _prepared(weight: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
+    how = recipe(dtype, weight.scheme.bits, weight.scheme.symmetric)
+    post = _empty((weight.num_experts,), torch.float32) if how.one_step else None
+    zeros = 0 if weight.zeros is None else weight.zeros
+    return PreparedWeight(regrouped(weight), weight.scales, zeros, post, None, how.one_step)
+
+
+def layer_specs(
+    shape: Shape, tokens: int, scheme: QuantScheme, dtype: torch.dtype, gpu: tuple[int, int]
+) -> list[GemmSpec]:
+    """What the backend launches on a GPU for a forward of the base model, and for one with adapters."""
+    info, pairs = _layer(shape, scheme), tokens * shape.top_k
+    assert isinstance(info.w13, PackedWeight) and isinstance(info.w2, PackedWeight)
+    prepared = marlin.MarlinPrepared(info, dtype, {}, None, _prepared(info.w13, dtype), _prepared(info.w2, dtype))
+    ids, x = _empty((tokens, shape.top_k)), _empty((tokens, shape.hidden), dtype)
+    routing = Routing(ids, ids.to(torch.float32))
+    plan = Plan(_empty((pairs,)), _empty((pairs,)), _empty((shape.experts + 1,)), None)
+    specs: list[GemmSpec] = []
+
+    def record(
+        x: Tensor,  # as of `launch.grouped_gemm`, and so the others
+        weight: PackedWeight,
+        prepared: PreparedWeight,
+        tiles: Tensor,
+        rows: Tensor | None,
+        top_k: int | None,
+        out: Tensor,
+        tile: Tile,
+        activation: Activation | None = None,
+    ) -> Tensor:
+        specs.append(launch._spec(x, weight, prepared, rows is None, top_k, out, tile, activation, plain=False))
+        return out
+
+    with (
+        patch.multiple(
+            marlin,
+            align=lambda *_: (plan, _empty((1, 4))),
+            activate=lambda *arguments: arguments[-1],
+            capability=lambda _: gpu,
+            grouped_gemm=record,
+        ),
+        patch.object(launch, "overlaps", lambda _: gpu >= (9, 0)),
+    ):
+        base = marlin._Forward.of(prepared, routing, Workspace(x.device), sort=False)
+        base.down(base.activated(x))
+        adapted = marlin._Forward.of(prepared, routing, Workspace(x.device), sort=True)
+        adapted.gate_up(x)
+        adapted.down(adapted.new_h())
+    return specs
+
+
+def _kind(spec: GemmSpec) -> GemmSpec:
+    """A spec without the dimensions that are only strides and trip counts."""
+    steps = min(spec.k // spec.tile.bk // spec.tile.split, _LONG)
+    narrow, partial = spec.x_columns < spec.k, spec.n_out < spec.n
+    return replace(spec, n=0, half_rows=0, k=steps, x_columns=int(narrow), n_out=int(partial))
+
+
+def all_specs(capability: int) -> dict[str, list[GemmSpec]]:
+    """One spec of each kind, by the first model whose layer it serves, at some number of tokens, scheme and dtype."""
+    first: dict[GemmSpec, tuple[str, GemmSpec]] = {}
+    for (name, shape), tokens, scheme, dtype in itertools.product(SHAPES.items(), TOKENS, SCHEMES, DTYPES):
+        for spec in layer_specs(shape, tokens, scheme, dtype, divmod(capability, 10)):
+            first.setdefault(_kind(spec), (name, spec))
+    return {model: [spec for name, spec in first.values() if name == model] for model in SHAPES}
+
+
+def sample(capability: int) -> list[GemmSpec]:
+    """Every tile of every model, with and without the activation: in the main scheme and, in turn, in another one."""
+    main: dict[object, GemmSpec] = {}
+    other: dict[object, GemmSpec] = {}
+    forms = itertools.cycle((s, d) for d in reversed(DTYPES) for s in SCHEMES if s != MAIN_SCHEME)
+    for shape, tokens in itertools.product(SHAPES.values(), TOKENS):
+        for kept, form in ((main, (MAIN_SCHEME, torch.bfloat16)), (other, next(forms))):
+            for spec in layer_specs(shape, tokens, *form, divmod(capability, 10)):
+                kept.setdefault((spec.tile, spec.activation != ""), spec)
+    return list(dict.fromkeys((*main.values(), *other.values())))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled kernel needs, and what its code says.
+
+    Attributes:
+        registers: of a thread.
+        shared: bytes of shared memory.
+        whole: all of its code.
+        loops: around matrix instructions.
+        hazards: see `Program.hazards`.
+    """
+
+    registers: int
+    shared: int
+    whole: Code
+    loops: list[Code]
+    hazards: list[str]
+
+
+def compiled(specs: list[GemmSpec], capability: int) -> list[Compiled]:
+    """Compile each for a compute capability (90 for sm_90), on all processors."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_no_interpreter) as workers:
+        return list(workers.map(_compile, specs, itertools.repeat(capability)))
+
+
+def _no_interpreter() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def _compile(spec: GemmSpec, capability: int) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from quant_moelora.kernels.grouped_gemm.kernel import grouped_gemm_kernel as kernel
+
+    types = _types(spec)
+    names = kernel.arg_names
+    assert set(types) == set(names), "the kernel's arguments are not those that are described here"
+    constants = {(names.index(n),): v for n, v in (("SPEC", spec), ("top_k", 1)) if types[n] == "constexpr"}
+    unaligned = {"num_tiles", "num_experts", "top_k", "SPEC"}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in unaligned}
+    source = ASTSource(kernel, {n: types[n] for n in names}, constants, attributes)
+    options = {"num_warps": spec.tile.warps, "maxnreg": spec.tile.registers, "launch_pdl": spec.overlap}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        use = _output(str(tools / "cuobjdump"), "-res-usage", file.name)
+        program = Program.parse(_output(str(tools / "nvdisasm"), "-c", file.name))
+    registers = re.search(r"REG:(\d+)", use)
+    assert registers is not None, use
+    return Compiled(
+        registers=int(registers[1]),
+        shared=made.metadata.shared,
+        whole=program.whole(),
+        loops=program.loops(),
+        hazards=program.hazards(),
+    )
+
+
+def _types(spec: GemmSpec) -> dict[str, str]:
+    """Triton's types of the kernel's arguments, as of a launch by `launch.grouped_gemm`."""
+    floats = "*fp16" if spec.fp16 else "*bf16"
+    return {
+        "x": floats,
+        "stride_x": "i32",
+        "half_stride": "i32",
+        "w": "*i32",
+        "scales": "*i32",
+        "zeros": "*i32" if spec.zeros else "i32",
+        "post": "*fp32" if spec.has_post else "*i32",
+        "bias": "*fp32" if spec.has_bias else "*i32",
+        "out": "*fp32" if spec.tile.split > 1 else floats,
+        "stride_out": "i32",
+        "slice_stride": "i32",
+        "rows": "*i32",
+        "tiles": "*i32",
+        "num_tiles": "i32",
+        "num_experts": "i32",
+        "top_k": "i32" if spec.gather else "constexpr",
+        "SPEC": "constexpr",
+    }
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, text=True, capture_output=True).stdout

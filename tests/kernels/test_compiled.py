@@ -1,0 +1,75 @@
+"""The machine code of the grouped GEMM, at the tiles that real layers get."""
+
+from importlib.metadata import version
+
+import pytest
+
+from quant_moelora.kernels.grouped_gemm.spec import GemmSpec, Tile
+from tests.kernels.compiled import SHAPES, Compiled, all_specs, compiled, sample
+
+# Bytes of shared memory that a block may have: CUDA C++ Programming Guide, table of compute capabilities.
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+SHORT = 8  # steps; a loop that has no more may be unrolled
+
+
+def heights(tile: Tile) -> int:
+    """Loops of a tile: one for each height; see `Tile`."""
+    powers = tile.bm.bit_length() - 4  # 16, 32, .. bm
+    between = {16: 0, 32: 0, 64: 1, 128: 3}  # 48; and 80 and 96
+    return powers + (between[tile.bm] if tile.mixed else 0)
+
+
+def faults(spec: GemmSpec, capability: int, found: Compiled) -> list[str]:
+    """What is wrong with a compiled kernel."""
+    tile = spec.tile
+    wrong = [f"hazard: {hazard}" for hazard in found.hazards]
+    if found.shared > SHARED[capability]:
+        wrong.append(f"{found.shared} bytes of shared memory, at most {SHARED[capability]}")
+    if any({"LDL", "STL"} & loop.forbidden.keys() for loop in found.loops):
+        wrong.append("spills in a loop")
+    if capability != 90:
+        return wrong
+    if len(found.loops) != heights(tile) and spec.k // tile.bk // tile.split > SHORT:
+        wrong.append(f"{len(found.loops)} loops for {heights(tile)} heights")
+    if found.whole.from_registers < found.whole.matrix or not found.whole.matrix:
+        wrong.append(f"{found.whole.from_registers} of {found.whole.matrix} matrix instructions from registers")
+    one_product = tile.bn // 64 * (tile.bk // 16)
+    words_a_thread = tile.bn * tile.bk * spec.bits // 32 // (32 * tile.warps)
+    for loop in found.loops:
+        if loop.forbidden:
+            wrong.append(f"in a loop: {loop.forbidden}")
+        if loop.waits * one_product != loop.matrix:
+            wrong.append(f"{loop.waits} waits for {loop.matrix} matrix instructions, {one_product} a product")
+        if loop.wide_loads * 4 < words_a_thread:
+            wrong.append(f"{loop.wide_loads} 16-byte loads for {words_a_thread} words of weights")
+    return wrong
+
+
+def check(specs: list[GemmSpec], capability: int) -> None:
+    """Compile and collect what is wrong with any."""
+    wrong = [
+        f"Triton {version('triton')}, sm_{capability}: {fault}; {spec}"
+        for spec, found in zip(specs, compiled(specs, capability), strict=True)
+        for fault in faults(spec, capability, found)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+def test_each_tile_on_hopper() -> None:
+    check(sample(90), 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 89])
+def test_the_largest_tiles_fit_elsewhere(capability: int) -> None:
+    specs = sample(capability)
+    most = max(spec.tile.bm for spec in specs)
+    check([spec for spec in specs if spec.tile.bm == most], capability)
+
+
+@pytest.mark.compile_all
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("model", SHAPES)
+def test_each_kernel(model: str, capability: int) -> None:
+    check(all_specs(capability)[model], capability)
