@@ -43,8 +43,9 @@ EXPERTS = 8
 # 1 token: each pair is a tile; then tiles of 16 and 32 rows, and mixed ones of 128.
 TOKENS = (1, 3, 45) if INTERPRETED else (1, 3, 17, 64, 300)
 # gate and up are two GEMMs' outputs, whose errors the slope of the activation takes up to 1 + |gate| times, and h, w2,
-# y and the output are rounded once each: some ten independent roundings, where a GEMM has the two of FROBENIUS.
-LAYER = {dtype: 2 * bound for dtype, bound in FROBENIUS.items()}
+# y and the output are rounded once each: some ten independent roundings, where a GEMM has the two of FROBENIUS. That is
+# sqrt(5) times its error, and few rows of one expert scatter around it.
+LAYER = {dtype: 2.5 * bound for dtype, bound in FROBENIUS.items()}
 EACH_SIZE = pytest.mark.parametrize("tokens", TOKENS)
 
 
