@@ -51,8 +51,8 @@ class MarlinBackend:
             reasons.append(f"device {device} is no CUDA device")
         elif not torch.cuda.is_available():
             reasons.append(f"torch sees no CUDA device to be {device}")
-        elif (capability := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
-            reasons.append(f"{device} has compute capability {capability[0]}.{capability[1]}, below 8.0")
+        elif (found := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
+            reasons.append(f"{device} has compute capability {found[0]}.{found[1]}, below 8.0")
         if importlib.util.find_spec("triton") is None:
             reasons.append("triton is not installed")
         if dtype not in _DTYPES:

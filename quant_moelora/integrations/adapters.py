@@ -108,10 +108,7 @@ def _contexts(
 
 def _base_linear(model: nn.Module, name: str) -> nn.Linear | None:
     """The linear layer of that name, through PEFT's wrapper if it has one; None if there is none."""
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        return None
+    module = _module(model, name)
     if isinstance(module, LoraLayer):
         module = module.get_base_layer()
     return module if isinstance(module, nn.Linear) else None
@@ -129,7 +126,7 @@ def _as_in_model(adapter: Adapter, model: PreTrainedModel) -> Adapter:
     linears: dict[str, Factor] = {}
     for name, factor in adapter.linears.items():
         key, converted = name_of(f"{name}.weight")
-        own = name if converted or _has_module(model, name) else key.removesuffix(".weight")
+        own = name if converted or _module(model, name) is not None else key.removesuffix(".weight")
         if own in linears:
             raise AdapterError(
                 f"adapter {adapter.path}",
@@ -141,12 +138,11 @@ def _as_in_model(adapter: Adapter, model: PreTrainedModel) -> Adapter:
     return replace(adapter, linears=linears)
 
 
-def _has_module(model: nn.Module, name: str) -> bool:
+def _module(model: nn.Module, name: str) -> nn.Module | None:
     try:
-        model.get_submodule(name)
+        return model.get_submodule(name)
     except AttributeError:
-        return False
-    return True
+        return None
 
 
 def _check_linears(model: nn.Module, adapter: Adapter, routers: Mapping[str, nn.Module]) -> None:
