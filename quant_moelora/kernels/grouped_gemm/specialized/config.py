@@ -1,0 +1,62 @@
+"""What the specialised grouped GEMM serves, and its tiles. All else is the plain kernel's, with the same bits."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+from torch import Tensor
+
+from quant_moelora.kernels.grouped_gemm.spec import Tile
+
+_log = logging.getLogger(__name__)
+# Gluon is part of Triton, but not of what Triton promises: those releases whose code was compiled and read.
+_OLDEST, _NEWEST = (3, 6), (3, 9)
+_ALIGNED = 8  # 16-bit values in the 16 bytes that a thread copies at once
+
+
+def serves(capability: tuple[int, int], *, direct: bool, halves_apart: bool) -> bool:
+    """Whether there is a specialised kernel for a GEMM.
+
+    It multiplies by wgmma, which only sm_90 has. A block's units may lie in both halves of the weight, which therefore
+    cannot have rows of x of their own, and pairs that are tiles of their own are too few for it.
+
+    Args:
+        capability: compute capability of the GPU.
+        direct: whether each pair is a tile of its own.
+        halves_apart: whether a tile has to lie in one of the two halves of the weight's rows.
+    """
+    return capability == (9, 0) and not direct and not halves_apart and _compiles()
+
+
+@functools.cache
+def _compiles() -> bool:
+    """Whether the installed Triton is one of those that the kernel is written for."""
+    import triton
+
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if _OLDEST <= release <= _NEWEST:
+        return True
+    _log.warning("Triton %s is not known to compile the GEMM for many rows; the plain one is used", triton.__version__)
+    return False
+
+
+def specialized_tile(bm: int) -> Tile:
+    """The tile for lists of tiles of at most ``bm`` rows: 32, 64, 128 or 192.
+
+    Three consumers and a producer, 16 warps, start with 128 of a multiprocessor's 65536 registers for each thread. Of
+    its 227 KB of shared memory a stage takes 24, and what each consumer stores goes through 16.
+    """
+    return Tile(bm, 192, 64, stages=7 if bm > 128 else 8, registers=128, group_m=2, consumers=3)
+
+
+def aligned(
+    x: Tensor,  # (rows, columns)
+) -> Tensor:  # (rows, columns, rounded up to 8)
+    """x itself, or a copy whose rows begin on 16 bytes, as copies to shared memory want them."""
+    if not (x.data_ptr() % 16 or x.stride(0) % _ALIGNED or x.shape[1] % _ALIGNED):
+        return x
+    rows, columns = x.shape
+    copy = x.new_zeros(rows, -(-columns // _ALIGNED) * _ALIGNED)
+    copy[:, :columns] = x
+    return copy
