@@ -22,7 +22,7 @@ from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
 from quant_moelora.kernels.grouped_gemm.spec import Tile
 from quant_moelora.kernels.grouped_gemm.specialized.config import serves, specialized_tile
 from tests.builders import BuiltWeight, packed, routing, same_bits, scheme
-from tests.launched.cases import DEVICE, DTYPES, EACH_DTYPE, label, pairwise, poison, prepared
+from tests.launched.cases import DEVICE, DTYPES, label, pairwise, poison, prepared
 from tests.launched.test_grouped_gemm import EXPERTS, Mode, inputs, run, with_counts
 
 pytestmark = pytest.mark.gpu
@@ -44,7 +44,7 @@ COUNTS = (
 
 @pytest.fixture(autouse=True)
 def _on_hopper() -> Iterator[None]:
-    if not serves(torch.cuda.get_device_capability(), direct=False, halves_apart=False):
+    if not serves(torch.cuda.get_device_capability(), halves_apart=False):
         pytest.skip("the kernel is for sm_90, and for Triton 3.6 to 3.9")
     with torch.no_grad():
         yield
@@ -79,6 +79,7 @@ KINDS = pairwise(
         "dtype": DTYPES,
         "mode": ["gather", "sorted"],
         "bias": [False, True],
+        "bm": [128, 192],
         # One step; an odd number of them, with columns that x does not have; many.
         "k": [64, 312, 512],
     }
@@ -87,19 +88,13 @@ KINDS = pairwise(
 
 @pytest.mark.parametrize("chosen", KINDS, ids=label)
 def test_every_kind_of_weight(chosen: dict[str, Any]) -> None:
-    """2 * 128 rows are four units, one more than a block has."""
+    """4 units for 3 consumers, and 6 for 4."""
     quant = scheme(chosen["bits"], chosen["group"], chosen["symmetric"])
-    built = packed(quant, experts=EXPERTS, halves=2, n=100, k=chosen["k"], bias=chosen["bias"])
+    built = packed(
+        quant, experts=EXPERTS, halves=2, n=190 if chosen["bm"] == 128 else 100, k=chosen["k"], bias=chosen["bias"]
+    )
     for counts in COUNTS:
-        check(built, counts, chosen["mode"], chosen["dtype"], activation=chosen["activation"])
-
-
-@EACH_DTYPE
-@pytest.mark.parametrize("bm", [32, 64, 128])
-def test_lower_tiles(bm: int, dtype: torch.dtype) -> None:
-    built = packed(scheme(4, 64), experts=EXPERTS, n=128, k=128)
-    for counts in COUNTS:
-        check(built, counts, "gather", dtype, bm)
+        check(built, counts, chosen["mode"], chosen["dtype"], chosen["bm"], chosen["activation"])
 
 
 @pytest.mark.parametrize("units", [1, 2, 3, 5, 6, 7])
@@ -165,7 +160,8 @@ def test_rows_more_than_2_to_the_31_apart() -> None:
 
 
 @pytest.mark.parametrize("activation", [None, Activation("silu")], ids=["", "silu"])
-def test_the_same_bits_each_time(activation: Activation | None) -> None:
+@pytest.mark.parametrize("bm", [128, 192])
+def test_the_same_bits_each_time(bm: int, activation: Activation | None) -> None:
     """More tiles than blocks, steps than stages, and heights in one launch, so that every wait has to be right."""
     built = packed(scheme(4, 128), experts=16, halves=2, n=640, k=1024)
     weight = built.weight.to(DEVICE)
@@ -182,7 +178,7 @@ def test_the_same_bits_each_time(activation: Activation | None) -> None:
     want = product(Tile(128, 128, 64, mixed=True))
     assert not want.isnan().any()
     for _ in range(20):
-        assert same_bits(product(specialized_tile(192)), want)
+        assert same_bits(product(specialized_tile(bm)), want)
 
 
 def test_a_cuda_graph_follows_the_routing() -> None:

@@ -15,25 +15,26 @@ _OLDEST, _NEWEST = (3, 6), (3, 9)
 _ALIGNED = 8  # 16-bit values in the 16 bytes that a thread copies at once
 
 
-def serves(capability: tuple[int, int], *, direct: bool, halves_apart: bool) -> bool:
-    """Whether there is a specialised kernel for a GEMM.
+def serves(capability: tuple[int, int], *, halves_apart: bool) -> bool:
+    """Whether there is a specialised kernel for a GEMM with a list of tiles.
 
     It multiplies by wgmma, which only sm_90 has. A block's units may lie in both halves of the weight, which therefore
-    cannot have rows of x of their own, and pairs that are tiles of their own are too few for it.
+    cannot have rows of x of their own.
 
     Args:
         capability: compute capability of the GPU.
-        direct: whether each pair is a tile of its own.
         halves_apart: whether a tile has to lie in one of the two halves of the weight's rows.
     """
-    return capability == (9, 0) and not direct and not halves_apart and _compiles()
+    return capability == (9, 0) and not halves_apart and _compiles()
 
 
 @functools.cache
 def _compiles() -> bool:
     """Whether the installed Triton is one of those that the kernel is written for."""
-    import triton
-
+    try:
+        import triton
+    except ImportError:  # where there is none, nothing is launched
+        return False
     release = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if _OLDEST <= release <= _NEWEST:
         return True
@@ -42,12 +43,16 @@ def _compiles() -> bool:
 
 
 def specialized_tile(bm: int) -> Tile:
-    """The tile for lists of tiles of at most ``bm`` rows: 32, 64, 128 or 192.
+    """The tile for lists of tiles of at most ``bm`` rows, 128 or 192: 256 or 192 rows of the weight.
 
-    Three consumers and a producer, 16 warps, start with 128 of a multiprocessor's 65536 registers for each thread. Of
-    its 227 KB of shared memory a stage takes 24, and what each consumer stores goes through 16.
+    All threads of a block, 4 warps for each consumer and 4 of the producer, start with the same share of a
+    multiprocessor's 65536 registers. Of its 227 KB of shared memory a stage takes 128 bytes a row, and what a consumer
+    stores goes through 16 KB.
     """
-    return Tile(bm, 192, 64, stages=7 if bm > 128 else 8, registers=128, group_m=2, consumers=3)
+    if bm == 128:
+        return Tile(128, 256, 64, stages=8, registers=96, group_m=2, consumers=4)
+    assert bm == 192, bm
+    return Tile(192, 192, 64, stages=6, registers=128, group_m=6, consumers=3)
 
 
 def aligned(

@@ -31,13 +31,36 @@ _TURN = gl.constexpr(5)
 @gluon.constexpr_function
 def heights(bm):
     """Rows of x that there is a loop for, ascending: a power of two, or 64 or 128 and one below that."""
-    return tuple(h for h in (32, 64, 96, 128, 144, 160, 192) if h <= bm)
+    return tuple(h for h in (32, 48, 64, 96, 128, 144, 160, 192) if h <= bm)
 
 
 @gluon.constexpr_function
 def power_below(height):
     """The largest power of two that is at most ``height``."""
     return 1 << (height.bit_length() - 1)
+
+
+@gluon.constexpr_function
+def producer_registers(tile):
+    """Of a thread of the producer, which has up to 8 or 12 addresses, and of which there are 4 warps."""
+    return 56 if tile.bm > 128 else 32
+
+
+@gluon.constexpr_function
+def consumer_registers(tile):
+    """Of a consumer's thread: when the block starts, all threads have as many, and the producer gives some away."""
+    return (tile.registers * (tile.consumers + 1) - producer_registers(tile)) // tile.consumers // 8 * 8
+
+
+@gluon.constexpr_function
+def ahead(height, spec):
+    """Steps whose weights are on their way to registers, as many as there is room for.
+
+    Beside them a thread has its sums, 16 words of weights to multiply and some 24 other values.
+    """
+    groups = max(1, 64 // spec.group)
+    needed = spec.bits + groups * (1 + spec.zeros)
+    return max(2, min(8, (consumer_registers(spec.tile) - height // 2 - 40) // needed))
 
 
 # ---- weights
@@ -83,25 +106,30 @@ def _place(unit, thread, FUSED: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def _codes(weight, offsets, step, SPEC: gl.constexpr):
-    """Words of the ``step``-th 64 columns; of the last, if there are fewer."""
+def _step(weight, offsets, step, SPEC: gl.constexpr):
+    """Words and pairs of scales and zero points of the ``step``-th 64 columns; of the last, if there are fewer."""
     STEPS: gl.constexpr = SPEC.k // 64
-    return gl.load(weight[0] + gl.minimum(step, STEPS - 1) * (128 * SPEC.bits) + offsets[0])
+    w, scales, zeros = weight
+    step = gl.minimum(step, STEPS - 1)
+    group = step * 64 // SPEC.group * 32
+    q = gl.load(w + step * (128 * SPEC.bits) + offsets[0])
+    s = gl.load(scales + group + offsets[1])
+    z = gl.load(zeros + group + offsets[1]) if SPEC.zeros else zeros
+    return q, s, z
 
 
 @gluon.jit
-def _pairs(weight, offsets, step, SPEC: gl.constexpr):
-    """Pairs of scales of the ``step``-th 64 columns, and of zero points."""
-    STEPS: gl.constexpr = SPEC.k // 64
-    group = gl.minimum(step, STEPS - 1) * 64 // SPEC.group * 32
-    s = gl.load(weight[1] + group + offsets[1])
-    z = gl.load(weight[2] + group + offsets[1]) if SPEC.zeros else weight[2]
-    return s, z
+def _after(coming, new, ODD: gl.constexpr, SPEC: gl.constexpr):
+    """The steps less the first and with ``new``, which as the second of two has the scales of the one before."""
+    if SPEC.group % 128 == 0 and ODD:
+        new = (new[0], coming[len(coming) - 1][1], coming[len(coming) - 1][2])
+    return coming[1:] + (new,)  # noqa: RUF005  # Gluon has no stars
 
 
 @gluon.jit
-def _dequantize(q, s, z, MMA: gl.constexpr, SPEC: gl.constexpr):
-    """Words and pairs of 64 columns to weights [64, 64], as the left operand of MMA."""
+def _dequantize(step, MMA: gl.constexpr, SPEC: gl.constexpr):
+    """What `_step` loaded to weights [64, 64], as the left operand of MMA."""
+    q, s, z = step
     KH: gl.constexpr = SPEC.bits // 4
     L: gl.constexpr = gl.BlockedLayout([1, 2, 2, KH], [32, 1, 1, 1], [4, 1, 1, 1], [3, 2, 1, 0])
     words = gl.convert_layout(q.permute([1, 0, 2]).reshape([128, 2, 2, KH]), L, assert_trivial=True)
@@ -272,32 +300,26 @@ def _multiply(
 ):  # fmt: skip
     """A unit by the rows of a tile, at most BM + BM2. ``weight``: the expert's words and pairs; ``count``: to store."""
     STEPS: gl.constexpr = SPEC.k // 64
-    SHARED: gl.constexpr = SPEC.group % 128 == 0  # two steps have the same scales
-    offsets = _unit_offsets(unit, SPEC)
+    AHEAD: gl.constexpr = ahead(BM + BM2, SPEC)
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     acc = gl.zeros([64, BM], gl.float32, MMA)
     acc2 = acc
     if BM2 > 0:
         MMA2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM2, 16])
         acc2 = gl.zeros([64, BM2], gl.float32, MMA2)
-    q = _codes(weight, offsets, 0, SPEC)
-    s, z = _pairs(weight, offsets, 0, SPEC)
-    q2 = _codes(weight, offsets, 1, SPEC)
-    for pair in range(STEPS // 2):
-        f = _dequantize(q, s, z, MMA, SPEC)
-        acc, acc2 = _issue(f, acc, acc2, index, phase, ring, BM, BM2)
-        if not SHARED:
-            s, z = _pairs(weight, offsets, 2 * pair + 1, SPEC)
-        q = _codes(weight, offsets, 2 * pair + 2, SPEC)
-        acc, acc2, index, phase = _retire(f, acc, acc2, index, phase, ring, BM2, SPEC)
-
-        f = _dequantize(q2, s, z, MMA, SPEC)
-        acc, acc2 = _issue(f, acc, acc2, index, phase, ring, BM, BM2)
-        s, z = _pairs(weight, offsets, 2 * pair + 2, SPEC)
-        q2 = _codes(weight, offsets, 2 * pair + 3, SPEC)
-        acc, acc2, index, phase = _retire(f, acc, acc2, index, phase, ring, BM2, SPEC)
+    offsets = _unit_offsets(unit, SPEC)
+    coming = (_step(weight, offsets, 0, SPEC),)
+    for i in gl.static_range(1, AHEAD):
+        coming = coming + (_step(weight, offsets, i, SPEC),)  # noqa: RUF005
+    for two in range(STEPS // 2):
+        for i in gl.static_range(2):
+            f = _dequantize(coming[0], MMA, SPEC)
+            acc, acc2 = _issue(f, acc, acc2, index, phase, ring, BM, BM2)
+            new = _step(weight, offsets, 2 * two + i + AHEAD, SPEC)
+            coming = _after(coming, new, (i + AHEAD) % 2 == 1, SPEC)
+            acc, acc2, index, phase = _retire(f, acc, acc2, index, phase, ring, BM2, SPEC)
     if STEPS % 2 == 1:
-        f = _dequantize(q, s, z, MMA, SPEC)
+        f = _dequantize(coming[0], MMA, SPEC)
         acc, acc2 = _issue(f, acc, acc2, index, phase, ring, BM, BM2)
         acc, acc2, index, phase = _retire(f, acc, acc2, index, phase, ring, BM2, SPEC)
     _finish(acc, problem, expert, unit, begin, count, scratch, BM, SPEC)
@@ -395,21 +417,10 @@ def specialized_gemm_kernel(  # the arguments of `grouped_gemm_kernel`
     ring = (stages, stages2, full, empty)
     weight = (w, scales, zeros)
     problem = (post, bias, out, stride_out)
-    # Of a thread. The block has a producer of 4 warps, and starts with the same for all.
-    P: gl.constexpr = 56
-    C: gl.constexpr = (SPEC.tile.registers * (CONSUMERS + 1) - P) // CONSUMERS // 8 * 8
-    gl.static_assert(CONSUMERS == 2 or CONSUMERS == 3)  # noqa: PLR1714
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (_consume, (weight, problem, tiles, num_tiles, ring, scratches, 0, SPEC)),
-                (_consume, (weight, problem, tiles, num_tiles, ring, scratches, 1, SPEC)),
-                (_produce, (source, tiles, num_tiles, ring, SPEC)),
-            ],
-            [4, 4],
-            [C, P],
-        )
-    else:
+    C: gl.constexpr = consumer_registers(SPEC.tile)
+    P: gl.constexpr = producer_registers(SPEC.tile)
+    gl.static_assert(CONSUMERS == 3 or CONSUMERS == 4)  # noqa: PLR1714
+    if CONSUMERS == 3:
         gl.warp_specialize(
             [
                 (_consume, (weight, problem, tiles, num_tiles, ring, scratches, 0, SPEC)),
@@ -419,4 +430,16 @@ def specialized_gemm_kernel(  # the arguments of `grouped_gemm_kernel`
             ],
             [4, 4, 4],
             [C, C, P],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (weight, problem, tiles, num_tiles, ring, scratches, 0, SPEC)),
+                (_consume, (weight, problem, tiles, num_tiles, ring, scratches, 1, SPEC)),
+                (_consume, (weight, problem, tiles, num_tiles, ring, scratches, 2, SPEC)),
+                (_consume, (weight, problem, tiles, num_tiles, ring, scratches, 3, SPEC)),
+                (_produce, (source, tiles, num_tiles, ring, SPEC)),
+            ],
+            [4, 4, 4, 4],
+            [C, C, C, P],
         )
