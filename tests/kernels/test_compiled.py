@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 
 from quant_moelora.kernels.grouped_gemm.spec import GemmSpec, Tile
-from quant_moelora.kernels.grouped_gemm.specialized.config import specialized_tile
+from quant_moelora.kernels.grouped_gemm.specialized import config
 from tests.kernels.compiled import SHAPES, Compiled, all_specs, compiled, sample
 
 # Bytes of shared memory that a block may have: CUDA C++ Programming Guide, table of compute capabilities.
@@ -18,7 +18,7 @@ SHORT = 8  # steps; a loop that has no more may be unrolled
 def heights(tile: Tile) -> int:
     """Loops of a tile: one for each height; see `Tile`."""
     powers = tile.bm.bit_length() - 4  # 16, 32, .. bm
-    between = {16: 0, 32: 0, 64: 1, 128: 3}  # 48; and 80 and 96
+    between = {16: 0, 32: 0, 64: 1, 128: 3, 192: 4}  # 48; and 80 and 96; and 192
     return powers + (between[tile.bm] if tile.mixed else 0)
 
 
@@ -52,10 +52,8 @@ def faults(spec: GemmSpec, capability: int, found: Compiled) -> list[str]:
 
 def specialized_faults(spec: GemmSpec, found: Compiled) -> list[str]:
     """As `faults`. Each consumer has its own loops, of two steps, which load weights into registers."""
-    from quant_moelora.kernels.grouped_gemm.specialized.kernel import heights
-
     tile, wrong = spec.tile, list[str]()
-    loops = tile.consumers * len(heights(tile.bm))
+    loops = tile.consumers * len(config.heights(tile.bm))
     if len(found.loops) != loops and spec.k // 64 > SHORT:
         wrong.append(f"{len(found.loops)} loops, not {loops}")
     if found.whole.from_registers < found.whole.matrix or not found.whole.matrix:
@@ -92,7 +90,7 @@ def test_the_specialized_kernel() -> None:
     main = next(spec for spec in sample(90) if spec.activation and spec.tile.bm == 128)
     most = replace(main, bits=8, group=16, k=2880, zeros=True, one_step=False, fp16=True, has_bias=True)
     most = replace(most, activation="", gather=False, n_out=most.n)
-    check([replace(spec, tile=specialized_tile(bm)) for spec in (main, most) for bm in (128, 192)], 90)
+    check([replace(spec, tile=config.specialized_tile(bm)) for spec in (main, most) for bm in (128, 192)], 90)
 
 
 @pytest.mark.slow

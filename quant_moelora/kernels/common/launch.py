@@ -15,8 +15,11 @@ def overlaps(device: torch.device) -> bool:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability, which decides on tiles; (9, 0) for other devices than CUDA's, where an interpreter runs."""
-    return _capability(device.index or 0) if device.type == "cuda" else (9, 0)
+    """Compute capability, which decides on tiles; (10, 0) for other devices than CUDA's, where an interpreter runs.
+
+    That has the largest tiles, but not the specialised GEMM of (9, 0), for which there is no interpreter.
+    """
+    return _capability(device.index or 0) if device.type == "cuda" else (10, 0)
 
 
 @functools.cache

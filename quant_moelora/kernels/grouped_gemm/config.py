@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from quant_moelora.kernels.grouped_gemm.spec import Tile
+from quant_moelora.kernels.grouped_gemm.specialized.config import serves, specialized_tile
 
 # Programs below which a launch leaves the memory idle: four on each of an H200's 132 multiprocessors.
 _FULL = 528
+# Rows of an expert above which the specialised kernel is the faster one, and up to which three consumers by 192 rows
+# are faster than four by 128, which read the weight once more.
+_MANY, _MOST_OF_192 = 96, 192
 _LEAST_STEPS = 3  # of a program, below which a split costs more than it brings
 
 
@@ -35,6 +39,8 @@ def _is_large(capability: tuple[int, int]) -> bool:
 def tile_rows(num_pairs: int, num_experts: int, capability: tuple[int, int]) -> int:
     """Most rows of a tile, for both GEMMs of a layer, since they share the list of tiles."""
     rows = expected_rows(num_pairs, num_experts)
+    if _MANY < rows <= _MOST_OF_192 and serves(capability, halves_apart=False):
+        return 192
     return 16 if rows <= 10 else 32 if rows <= 24 else 64 if rows <= 40 or not _is_large(capability) else 128
 
 
@@ -67,6 +73,10 @@ def choose_tile(
     rows_of_tiles = n // 2 if halves_apart else n
     narrow = not fused and (rows_of_tiles % 128 != 0 or rows <= 1.5)
     bn, bk = 64 if narrow else 128, 128 if k % 128 == 0 else 64
+    if rows > _MANY and serves(capability, halves_apart=halves_apart):
+        return specialized_tile(bm)
+    if bm == 192:  # a narrow tile, so that the sums of 128 and of 64 rows fit into registers
+        return Tile(bm, 64, 64, stages=4, mixed=True, group_m=2)
     if bm == 64:
         wide = _is_large(capability) and n % 512 == 0 and not halves_apart  # each row of x is read half as often
         return Tile(bm, 256 if wide else bn, 64, stages=4, mixed=True, group_m=2)

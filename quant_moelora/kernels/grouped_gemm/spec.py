@@ -10,8 +10,8 @@ class Tile:
     """How a grouped GEMM is cut.
 
     Attributes:
-        bm: most rows of x in a tile, a power of two from 16 on. A tile with fewer rows takes the least height that
-            holds them: bm, bm/2, .. 16, and with ``mixed`` also one of these and a smaller one together.
+        bm: most rows of x in a tile, a power of two from 16 on, or 192. A tile with fewer rows takes the least height
+            that holds them: bm, bm/2, .. 16, and with ``mixed`` also one of these and a smaller one together.
         bn: rows of the weight in a tile, 64, 128 or 256; 64 a consumer.
         bk: columns of the weight in a step, 64 or 128.
         warps: warps of a program; of one consumer.

@@ -55,6 +55,11 @@ def specialized_tile(bm: int) -> Tile:
     return Tile(192, 192, 64, stages=6, registers=128, group_m=6, consumers=3)
 
 
+def heights(bm: int) -> tuple[int, ...]:
+    """Rows of x that there is a loop for, ascending: each a power of two, or one and a smaller one."""
+    return tuple(height for height in (32, 48, 64, 96, 128, 144, 160, 192) if height <= bm)
+
+
 def aligned(
     x: Tensor,  # (rows, columns)
 ) -> Tensor:  # (rows, columns, rounded up to 8)

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from quant_moelora.kernels.activation.kernel import gated
 from quant_moelora.kernels.dequant.kernel import expanded
+from quant_moelora.kernels.grouped_gemm.specialized import config
 
 # Triton 3.9 has only the new name, 3.6 and 3.7 only the old one.
 _copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
@@ -28,39 +29,37 @@ _copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_co
 _TURN = gl.constexpr(5)
 
 
-@gluon.constexpr_function
-def heights(bm):
-    """Rows of x that there is a loop for, ascending: a power of two, or 64 or 128 and one below that."""
-    return tuple(h for h in (32, 48, 64, 96, 128, 144, 160, 192) if h <= bm)
+_heights = gluon.constexpr_function(config.heights)
 
 
 @gluon.constexpr_function
-def power_below(height):
+def _power_below(height):
     """The largest power of two that is at most ``height``."""
     return 1 << (height.bit_length() - 1)
 
 
 @gluon.constexpr_function
-def producer_registers(tile):
+def _producer_registers(tile):
     """Of a thread of the producer, which has up to 8 or 12 addresses, and of which there are 4 warps."""
     return 56 if tile.bm > 128 else 32
 
 
 @gluon.constexpr_function
-def consumer_registers(tile):
+def _consumer_registers(tile):
     """Of a consumer's thread: when the block starts, all threads have as many, and the producer gives some away."""
-    return (tile.registers * (tile.consumers + 1) - producer_registers(tile)) // tile.consumers // 8 * 8
+    return (tile.registers * (tile.consumers + 1) - _producer_registers(tile)) // tile.consumers // 8 * 8
 
 
 @gluon.constexpr_function
-def ahead(height, spec):
+def _ahead(height, spec):
     """Steps whose weights are on their way to registers, as many as there is room for.
 
     Beside them a thread has its sums, 16 words of weights to multiply and some 24 other values.
     """
     groups = max(1, 64 // spec.group)
     needed = spec.bits + groups * (1 + spec.zeros)
-    return max(2, min(8, (consumer_registers(spec.tile) - height // 2 - 40) // needed))
+    room = (_consumer_registers(spec.tile) - height // 2 - 40) // needed
+    return max(2 if needed < 10 else 1, min(8, room))
 
 
 # ---- weights
@@ -300,7 +299,7 @@ def _multiply(
 ):  # fmt: skip
     """A unit by the rows of a tile, at most BM + BM2. ``weight``: the expert's words and pairs; ``count``: to store."""
     STEPS: gl.constexpr = SPEC.k // 64
-    AHEAD: gl.constexpr = ahead(BM + BM2, SPEC)
+    AHEAD: gl.constexpr = _ahead(BM + BM2, SPEC)
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     acc = gl.zeros([64, BM], gl.float32, MMA)
     acc2 = acc
@@ -334,9 +333,9 @@ def _fitting(
     H: gl.constexpr, SPEC: gl.constexpr,
 ):  # fmt: skip
     """`_multiply` with the least height, from the H-th on, that holds ``count`` rows."""
-    HEIGHTS: gl.constexpr = heights(SPEC.tile.bm)
+    HEIGHTS: gl.constexpr = _heights(SPEC.tile.bm)
     HEIGHT: gl.constexpr = HEIGHTS[H]
-    BM: gl.constexpr = power_below(HEIGHT)
+    BM: gl.constexpr = _power_below(HEIGHT)
     if H + 1 == len(HEIGHTS):
         index, phase = _multiply(
             weight, problem, expert, unit, begin, kept, index, phase, ring, scratch, BM, HEIGHT - BM, SPEC
@@ -417,8 +416,8 @@ def specialized_gemm_kernel(  # the arguments of `grouped_gemm_kernel`
     ring = (stages, stages2, full, empty)
     weight = (w, scales, zeros)
     problem = (post, bias, out, stride_out)
-    C: gl.constexpr = consumer_registers(SPEC.tile)
-    P: gl.constexpr = producer_registers(SPEC.tile)
+    C: gl.constexpr = _consumer_registers(SPEC.tile)
+    P: gl.constexpr = _producer_registers(SPEC.tile)
     gl.static_assert(CONSUMERS == 3 or CONSUMERS == 4)  # noqa: PLR1714
     if CONSUMERS == 3:
         gl.warp_specialize(
