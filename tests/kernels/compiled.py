@@ -131,7 +131,7 @@ def layer_specs(
             capability=lambda _: gpu,
             grouped_gemm=record,
         ),
-        patch.object(launch, "overlaps", lambda _: gpu >= (9, 0)),
+        patch.multiple(launch, capability=lambda _: gpu, overlaps=lambda _: gpu >= (9, 0)),
     ):
         base = marlin._Forward.of(prepared, routing, Workspace(x.device), sort=False)
         base.down(base.activated(x))

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.weights import PackedWeight
-from quant_moelora.kernels.common.launch import overlaps
+from quant_moelora.kernels.common.launch import capability, overlaps
 from quant_moelora.kernels.dequant.prepare import PreparedWeight
-from quant_moelora.kernels.grouped_gemm.spec import GemmSpec, Tile
+from quant_moelora.kernels.grouped_gemm.spec import GemmSpec, Tile, uses_mma_sync
 
 _INT32_MAX = 2**31 - 1
 # Tiles with which a launch during the kernel before pays; with 32 rows 10 % was lost (benchmarks/NOTES.md).
@@ -114,6 +114,7 @@ def _spec(
         alpha=0.0 if activation is None else activation.alpha or 0.0,
         limit=0.0 if activation is None else activation.limit or 0.0,
         wide=x.shape[-2] * x.stride(-2) > _INT32_MAX,
+        mma_sync=uses_mma_sync(capability(x.device)),
         overlap=tile.bm == _OVERLAPPING_ROWS and overlaps(x.device),
         plain=plain,
     )
