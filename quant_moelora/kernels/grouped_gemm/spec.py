@@ -32,6 +32,11 @@ class Tile:
     registers: int | None = None
     group_m: int = 1
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a launch during the kernel before pays: with 32 rows 10 % was lost (benchmarks/NOTES.md)."""
+        return self.bm == 16
+
 
 def uses_mma_sync(capability: tuple[int, int]) -> bool:
     """Whether Triton multiplies by mma.sync, from registers: on all but sm_90 (wgmma) and sm_100 (tcgen05)."""
