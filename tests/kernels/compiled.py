@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import tempfile
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -25,6 +26,7 @@ from quant_moelora.core.scheme import QuantScheme
 from quant_moelora.core.weights import PackedWeight
 from quant_moelora.core.workspace import Workspace
 from quant_moelora.experts import marlin
+from quant_moelora.kernels.common.launch import options
 from quant_moelora.kernels.dequant.prepare import PreparedWeight, recipe, regrouped
 from quant_moelora.kernels.grouped_gemm import launch
 from quant_moelora.kernels.grouped_gemm.spec import GemmSpec, Tile
@@ -131,7 +133,7 @@ def layer_specs(
             capability=lambda _: gpu,
             grouped_gemm=record,
         ),
-        patch.object(launch, "overlaps", lambda _: gpu >= (9, 0)),
+        patch.multiple(launch, capability=lambda _: gpu, overlaps=lambda _: gpu >= (9, 0)),
     ):
         base = marlin._Forward.of(prepared, routing, Workspace(x.device), sort=False)
         base.down(base.activated(x))
@@ -190,12 +192,14 @@ class Compiled:
 
 def compiled(specs: list[GemmSpec], capability: int) -> list[Compiled]:
     """Compile each for a compute capability (90 for sm_90), on all processors."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_no_interpreter) as workers:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_set_up) as workers:
         return list(workers.map(_compile, specs, itertools.repeat(capability)))
 
 
-def _no_interpreter() -> None:
+def _set_up() -> None:
+    """No interpreter; what the compiler warns of is an error."""
     os.environ.pop("TRITON_INTERPRET", None)
+    warnings.simplefilter("error")
 
 
 def _compile(spec: GemmSpec, capability: int) -> Compiled:
@@ -212,8 +216,8 @@ def _compile(spec: GemmSpec, capability: int) -> Compiled:
     unaligned = {"num_tiles", "num_experts", "top_k", "SPEC"}
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in unaligned}
     source = ASTSource(kernel, {n: types[n] for n in names}, constants, attributes)
-    options = {"num_warps": spec.tile.warps, "maxnreg": spec.tile.registers, "launch_pdl": spec.overlap}
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    chosen = {"num_warps": spec.tile.warps, "maxnreg": spec.tile.registers, **options(spec.overlap)}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])

@@ -25,8 +25,11 @@ def faults(spec: GemmSpec, capability: int, found: Compiled) -> list[str]:
     wrong = [f"hazard: {hazard}" for hazard in found.hazards]
     if found.shared > SHARED[capability]:
         wrong.append(f"{found.shared} bytes of shared memory, at most {SHARED[capability]}")
-    if any({"LDL", "STL"} & loop.forbidden.keys() for loop in found.loops):
-        wrong.append("spills in a loop")
+    if capability == 100:  # its operands go through a memory of their own
+        if any({"LDL", "STL"} & loop.forbidden.keys() for loop in found.loops):
+            wrong.append("spills in a loop")
+        return wrong
+    wrong += [f"in a loop: {loop.forbidden}" for loop in found.loops if loop.forbidden]
     if capability != 90:
         return wrong
     if len(found.loops) != heights(tile) and spec.k // tile.bk // tile.split > SHORT:
@@ -36,8 +39,6 @@ def faults(spec: GemmSpec, capability: int, found: Compiled) -> list[str]:
     one_product = tile.bn // 64 * (tile.bk // 16)
     words_a_thread = tile.bn * tile.bk * spec.bits // 32 // (32 * tile.warps)
     for loop in found.loops:
-        if loop.forbidden:
-            wrong.append(f"in a loop: {loop.forbidden}")
         if loop.waits * one_product != loop.matrix:
             wrong.append(f"{loop.waits} waits for {loop.matrix} matrix instructions, {one_product} a product")
         if loop.wide_loads * 4 < words_a_thread:
@@ -62,10 +63,8 @@ def test_each_tile_on_hopper() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 89])
-def test_the_largest_tiles_fit_elsewhere(capability: int) -> None:
-    specs = sample(capability)
-    most = max(spec.tile.bm for spec in specs)
-    check([spec for spec in specs if spec.tile.bm == most], capability)
+def test_each_tile_elsewhere(capability: int) -> None:
+    check(sample(capability), capability)
 
 
 @pytest.mark.compile_all

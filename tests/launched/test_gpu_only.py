@@ -51,6 +51,7 @@ def test_bits_do_not_depend_on_the_tile(
         Tile(32, 128, 64, stages=3),
         Tile(64, 128, 64, mixed=True, group_m=2),
         Tile(64, 64, 64),
+        Tile(64, 256, 64, mixed=True, group_m=2),
         Tile(128, 128, 64, mixed=True, group_m=4),
         Tile(128, 64, 64),
     ):

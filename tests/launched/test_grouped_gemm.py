@@ -12,6 +12,7 @@ from torch import Tensor
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.routing import Routing
 from quant_moelora.kernels.align.launch import align
+from quant_moelora.kernels.grouped_gemm import launch
 from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
 from quant_moelora.kernels.grouped_gemm.spec import Tile
 from tests import builders
@@ -211,6 +212,20 @@ def test_every_height(counts: tuple[int, ...], bm: int, mixed: bool, mode: Mode,
     case = with_counts(*counts)
     x = inputs(case, mode, 72, dtype)
     check(built, x, case, mode, run(built, x, case, mode, Tile(bm, 64, 64, mixed=mixed)))
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("bn", [64, 128])
+@pytest.mark.parametrize("counts", [(17, 32, 33), (48, 49, 64)], ids=str)
+def test_heights_in_two_products(
+    counts: tuple[int, ...], bn: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU whose matrix instructions read x from registers gets it."""
+    monkeypatch.setattr(launch, "capability", lambda _: (8, 0))
+    built = packed(scheme(4, 64, symmetric=False), experts=EXPERTS, n=128, k=72)
+    case = with_counts(*counts)
+    x = inputs(case, "gather", 72, dtype)
+    check(built, x, case, "gather", run(built, x, case, "gather", Tile(64, bn, 64, mixed=True, group_m=2)))
 
 
 @EACH_DTYPE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quant_moelora.kernels.grouped_gemm.spec import Tile
+from quant_moelora.kernels.grouped_gemm.spec import Tile, uses_mma_sync
 
 # Programs below which a launch leaves the memory idle: four on each of an H200's 132 multiprocessors.
 _FULL = 528
@@ -29,7 +29,7 @@ def _is_large(capability: tuple[int, int]) -> bool:
     Others need registers for x as well, so that int4 tiles of 128 rows spill, and sm_86, sm_89 and sm_120 have 99 KB of
     shared memory for a block, where these take 113.
     """
-    return capability[0] in {9, 10}
+    return not uses_mma_sync(capability)
 
 
 def tile_rows(num_pairs: int, num_experts: int, capability: tuple[int, int]) -> int:
