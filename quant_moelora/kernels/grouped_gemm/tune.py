@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from quant_moelora.core import packing
-from quant_moelora.core.errors import BackendError
+from quant_moelora.core.errors import BackendError, UnsupportedError
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Plan, Routing
 from quant_moelora.core.weights import PackedWeight
@@ -40,7 +40,7 @@ from quant_moelora.kernels.common.sample import (
     random_weight,
 )
 from quant_moelora.kernels.common.timing import graph_medians
-from quant_moelora.kernels.dequant.prepare import PreparedWeight, prepare
+from quant_moelora.kernels.dequant.prepare import LEAST_GROUP, PreparedWeight, prepare, regrouped
 from quant_moelora.kernels.grouped_gemm.candidates import GEMMS, Cut, Gemm, candidates, cuts_of, tiles_of
 from quant_moelora.kernels.grouped_gemm.config import formula
 from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
@@ -64,11 +64,35 @@ class Problem:
         info: the layer; only what it says of itself counts, and it may be on the meta device.
         top_k: k.
         dtype: of the activations.
+
+    Raises:
+        UnsupportedError: no backend with tiles serves it, or a token has more experts than there are.
     """
 
     info: MoEQuantInfo
     top_k: int
     dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        weights = (self.info.w13, self.info.w2)
+        rules = {
+            "packed weights": all(isinstance(weight, PackedWeight) for weight in weights),
+            f"groups whose least common part with 128 is {LEAST_GROUP} columns and more": all(
+                regrouped(weight) >= LEAST_GROUP for weight in weights if isinstance(weight, PackedWeight)
+            ),
+            "activations in bfloat16 or float16": self.dtype in (torch.bfloat16, torch.float16),
+            f"top-k of 1 to {self.info.num_experts}, the experts": 1 <= self.top_k <= self.info.num_experts,
+        }
+        for rule, kept in rules.items():
+            if not kept:
+                got = f"{self.info.scheme_name}, {self.dtype}, top-k {self.top_k}"
+                raise UnsupportedError("layer to tune", got=got, rule=rule, remedy="tune a layer that marlin serves")
+
+    def with_act_order(self) -> Problem:
+        """The same layer with columns of gate and up in orders of their own."""
+        w13 = self.info.w13
+        order = torch.empty(w13.num_experts, w13.halves, w13.k_pad, dtype=torch.int32, device=self.info.device)
+        return Problem(replace(self.info, w13=replace(w13, k_perm=order)), self.top_k, self.dtype)
 
     @cached_property
     def shape(self) -> LayerShape:
@@ -136,7 +160,9 @@ class Point:
         self.direct = formula(problem.shape, self.pairs, capability(device)).direct and not problem.shape.act_order
         w13 = problem.weight("w13")
         rows = (w13.halves, self.pairs, w13.k_pad) if problem.shape.act_order else (tokens, w13.k)
-        self.inputs: dict[Gemm, Tensor] = {"w13": self._random(rows), "w2": self._random((self.pairs, w13.n_pad))}
+        h = self._random((self.pairs, w13.n_pad))
+        h[:, w13.n :] = 0
+        self.inputs: dict[Gemm, Tensor] = {"w13": self._random(rows), "w2": h}
 
     @cached_property
     def active(self) -> float:
@@ -197,11 +223,12 @@ class Point:
         return self._plans[number, bm]
 
     def result(self, gemm: Gemm, cut: Cut) -> Tensor:
-        """What one launch gives."""
+        """What one launch gives, without the padding of h: rows of random weights there are not 0."""
         call = self.call(gemm, cut)
         for buffer in self._buffers.values():
             buffer.fill_(math.nan)
-        return call().clone()
+        given = call()
+        return given[:, : self.weights.problem.weight(gemm).n].clone()
 
     def usable(self, gemm: Gemm, cuts: Sequence[Cut]) -> list[Cut]:
         """The cuts that give what the first one gives, which has to be launchable; others are logged and left out."""
