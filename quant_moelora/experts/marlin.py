@@ -21,7 +21,7 @@ from quant_moelora.kernels.align.launch import align
 from quant_moelora.kernels.by_half.launch import by_half
 from quant_moelora.kernels.common.launch import capability, gpu_name
 from quant_moelora.kernels.dequant.prepare import LEAST_GROUP, PreparedWeight, prepare, regrouped
-from quant_moelora.kernels.grouped_gemm.config import choose_tiles
+from quant_moelora.kernels.grouped_gemm.config import Tuned, choose_tiles
 from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
 from quant_moelora.kernels.grouped_gemm.layer import LayerShape, LayerTiles
 from quant_moelora.kernels.grouped_gemm.spec import Tile
@@ -45,11 +45,15 @@ class MarlinPrepared(Prepared):
         """What tiles are chosen from."""
         return LayerShape.of(self.info, self.dtype)
 
+    @functools.cached_property
+    def _target(self) -> tuple[tuple[int, int], Tuned]:
+        """The GPU that tiles are chosen for, and what was measured there."""
+        device = self.info.device
+        return capability(device), tuned_tiles(self.tuned_configs, gpu_name(device))
+
     def choose_tiles(self, num_pairs: int) -> LayerTiles:
         """Tiles for a number of pairs on the info's device."""
-        device = self.info.device
-        tuned = tuned_tiles(self.tuned_configs, gpu_name(device))
-        return choose_tiles(self.shape, num_pairs, capability(device), tuned)
+        return choose_tiles(self.shape, num_pairs, *self._target)
 
 
 class MarlinBackend:

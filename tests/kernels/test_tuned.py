@@ -181,6 +181,7 @@ TILE = ("entries", 0, "w13")
         (put(512, "entries", 0, "num_pairs"), "each once"),
         (put(24, *TILE, "bm"), "bm"),
         (put(48, *TILE, "bk"), "bk is 64 or 128"),
+        (put(True, *TILE, "mixed"), "mixed needs 64 rows"),
         (put(3, *TILE, "split"), "bk and split divide the columns"),
         (put(90, "entries", 0, "w2", "stages"), "bytes of shared memory fit"),
         (put(0, *TILE, "stages"), "at least 1"),

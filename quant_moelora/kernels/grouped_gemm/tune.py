@@ -353,6 +353,7 @@ def compile_candidates(
         for job in tqdm(as_completed(jobs), desc="Compiling", unit="kernel", total=len(jobs), disable=None):
             error, (number, gemm, cut, own) = job.exception(), jobs[job]
             if error is not None and own:
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise BackendError(
                     f"{gemm} {cut}", got=repr(error), rule="that the formula's tiles compile", remedy="report it"
                 ) from error
