@@ -24,7 +24,7 @@ def faults(spec: GemmSpec, capability: int, found: Compiled) -> list[str]:
     """What is wrong with a compiled kernel."""
     tile = spec.tile
     wrong = [f"hazard: {hazard}" for hazard in found.hazards]
-    said = shared_bytes(tile, WeightShape(spec.n, spec.k, spec.bits, spec.group, spec.zeros))
+    said = shared_bytes(tile, WeightShape(spec.n, spec.k, spec.bits, spec.group, spec.zeros), divmod(capability, 10))
     if found.shared > min(said, SHARED[capability]):
         wrong.append(f"{found.shared} bytes of shared memory, {said} expected, at most {SHARED[capability]}")
     if any({"LDL", "STL"} & loop.forbidden.keys() for loop in found.loops):

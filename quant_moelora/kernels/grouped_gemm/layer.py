@@ -124,14 +124,16 @@ class LayerTiles:
         return self.w13.bm
 
 
-def shared_bytes(tile: Tile, weight: WeightShape) -> int:
+def shared_bytes(tile: Tile, weight: WeightShape, capability: tuple[int, int]) -> int:
     """Shared memory of a program, at most: what is in flight of x, and one step less of the weight and its scales.
 
-    Those go into registers before the matrix unit starts, which reads x where it lies.
+    Those go into registers before the matrix unit starts, which reads x where it lies. Where it takes both from
+    registers (all but sm_90 and sm_100), int4 weights pass through shared memory once more, half a tile at a time.
     """
     codes = tile.bn * tile.bk * weight.bits // 8
     pairs = tile.bn // 2 * 4 * max(1, tile.bk // weight.group) * (2 if weight.zeros else 1)
-    return max(tile.stages - 1, 1) * (codes + pairs) + tile.stages * tile.bm * tile.bk * 2
+    again = tile.bn * tile.bk if weight.bits == 4 and capability[0] not in {9, 10} else 0
+    return again + max(tile.stages - 1, 1) * (codes + pairs) + tile.stages * tile.bm * tile.bk * 2
 
 
 def faults(
@@ -146,6 +148,7 @@ def faults(
         fused: whether the activation is applied to it.
         half_rows: stored rows of a half, if a tile has to lie in one (act-order) or to hold as many of both (fused).
     """
+    shared = shared_bytes(tile, weight, capability)
     limit = _SHARED.get(capability, _LEAST_SHARED) << 10
     steps = weight.columns // tile.bk if tile.bk else 0
     apart = half_rows is not None and not fused
@@ -164,7 +167,7 @@ def faults(
         and tile.split > 0
         and steps % tile.split == 0,
         f"sums fit {_ACCUMULATORS} registers of a thread": tile.bm * tile.bn <= _ACCUMULATORS * 32 * tile.warps,
-        f"its {shared_bytes(tile, weight)} bytes of shared memory fit {limit}": shared_bytes(tile, weight) <= limit,
+        f"its {shared} bytes of shared memory fit {limit}": shared <= limit,
         "a fused tile is not split": not fused or tile.split == 1,
         "a fused tile holds whole tiles of 64 rows of gate and of up": not fused
         or (tile.bn >= 128 and half_rows is not None and half_rows % (tile.bn // 2) == 0),
