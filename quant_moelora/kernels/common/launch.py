@@ -11,7 +11,7 @@ _OVERLAPPING = (9, 0)  # compute capability with programmatic dependent launch
 
 def overlaps(device: torch.device) -> bool:
     """Whether a kernel may be launched while the one before still runs."""
-    return device.type == "cuda" and capability(device) >= _OVERLAPPING
+    return _on_gpu(device) and capability(device) >= _OVERLAPPING
 
 
 def options(overlap: bool) -> dict[str, bool]:
@@ -24,10 +24,25 @@ def options(overlap: bool) -> dict[str, bool]:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability, which decides on tiles; (9, 0) for other devices than CUDA's, where an interpreter runs."""
-    return _capability(device.index or 0) if device.type == "cuda" else (9, 0)
+    """Compute capability, which decides on tiles; (9, 0) where there is no GPU and an interpreter runs."""
+    return _capability(device.index or 0) if _on_gpu(device) else (9, 0)
+
+
+def gpu_name(device: torch.device) -> str:
+    """Name of the GPU, by which tables of tiles are found; the device's type where there is none."""
+    return _gpu_name(device.index or 0) if _on_gpu(device) else device.type
+
+
+def _on_gpu(device: torch.device) -> bool:
+    """Whether it is a GPU, or stands for the first one: what has no data is compiled for that, ahead of its use."""
+    return device.type == "cuda" or (device.type == "meta" and torch.cuda.is_available())
 
 
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def _gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)

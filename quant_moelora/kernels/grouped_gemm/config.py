@@ -1,12 +1,83 @@
-"""Tiles of the grouped GEMM: a pure function of logical dimensions."""
+"""Tiles of the grouped GEMMs: a pure function of logical dimensions, the GPU and what was measured there."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from quant_moelora.kernels.grouped_gemm.layer import LayerShape, LayerTiles
 from quant_moelora.kernels.grouped_gemm.spec import Tile, uses_mma_sync
 
 # Programs below which a launch leaves the memory idle: four on each of an H200's 132 multiprocessors.
 _FULL = 528
 _LEAST_STEPS = 3  # of a program, below which a split costs more than it brings
+_NEAR = 2.0  # factor between numbers of pairs, up to which what was measured with one serves the other
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """What was measured on one GPU: tiles of layers, by number of pairs. Compared by identity, so that it hashes fast.
+
+    Attributes:
+        layers: of each layer, by number of pairs; `LayerTiles.direct` of these does not count.
+    """
+
+    layers: Mapping[LayerShape, Mapping[int, LayerTiles]] = field(default_factory=dict)
+
+
+NOTHING_TUNED = Tuned()
+
+
+@functools.lru_cache(maxsize=1 << 14)  # a forward asks, and has no time for the formula
+def choose_tiles(
+    shape: LayerShape, num_pairs: int, capability: tuple[int, int], tuned: Tuned = NOTHING_TUNED
+) -> LayerTiles:
+    """Tiles of a layer's forward with P pairs: what was measured with about as many, otherwise the formula's.
+
+    Where the formula's own tiles were the best, the formula goes on deciding around that number of pairs too. Whether
+    pairs are sorted is always the formula's to say.
+
+    Args:
+        shape: the layer.
+        num_pairs: P, at least 1.
+        capability: compute capability of the GPU.
+        tuned: what was measured on this GPU.
+    """
+    computed = formula(shape, num_pairs, capability)
+    measured = tuned.layers.get(shape)
+    if not measured:
+        return computed
+    near = min(measured, key=lambda pairs: (_apart(pairs, num_pairs), pairs))
+    if _apart(near, num_pairs) > _NEAR:
+        return computed
+    own = formula(shape, near, capability)
+    found = replace(measured[near], direct=own.direct)
+    return computed if found == own else replace(found, direct=computed.direct)
+
+
+def _apart(pairs: int, other: int) -> float:
+    """Factor between two numbers of pairs."""
+    return max(pairs, other) / min(pairs, other)
+
+
+def formula(shape: LayerShape, num_pairs: int, capability: tuple[int, int]) -> LayerTiles:
+    """Tiles of a layer that nobody measured."""
+
+    def tile(rows: int, columns: int, bits: int, *, fused: bool = False, apart: bool = False) -> Tile:
+        return choose_tile(
+            num_pairs, shape.num_experts, rows, columns, bits, capability, fused=fused, halves_apart=apart
+        )
+
+    w13, w2 = shape.w13, shape.w2
+    plain = tile(w13.rows, w13.columns, w13.bits, apart=shape.halves_apart)
+    fuses = shape.fuses and plain.split == 1
+    return LayerTiles(
+        direct=is_direct(num_pairs, shape.num_experts),
+        w13=plain,
+        w13_fused=tile(w13.rows, w13.columns, w13.bits, fused=True) if fuses else None,
+        w2=tile(w2.rows, w2.columns, w2.bits),
+    )
 
 
 def expected_rows(num_pairs: int, num_experts: int) -> float:
