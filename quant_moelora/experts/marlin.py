@@ -139,7 +139,8 @@ class _Forward:
         """Sort the pairs, if they have to be or if it pays."""
         pairs, experts = routing.num_pairs, prepared.info.num_experts
         if sort or _packed(prepared.info.w13).k_perm is not None or not is_direct(pairs, experts):
-            plan, tiles = align(routing, experts, tile_rows(pairs, experts, capability(prepared.info.device)))
+            height = tile_rows(pairs, experts, capability(prepared.info.device))
+            plan, tiles = align(routing, experts, height, workspace)
             return _Forward(prepared, routing, workspace, plan, tiles)
         return _Forward(prepared, routing, workspace, None, routing.topk_ids.reshape(-1))
 
