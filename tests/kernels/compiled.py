@@ -233,21 +233,29 @@ def _compile(spec: GemmSpec, capability: int) -> Compiled:
     source = ASTSource(kernel, {n: types[n] for n in names}, constants, attributes)
     chosen = {"num_warps": spec.tile.warps, "maxnreg": spec.tile.registers, **options(spec.overlap)}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen)
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        use = _output(str(tools / "cuobjdump"), "-res-usage", file.name)
-        program = Program.parse(_output(str(tools / "nvdisasm"), "-c", file.name))
-    registers = re.search(r"REG:(\d+)", use)
-    assert registers is not None, use
+    registers, program = disassembled(made.asm["cubin"])
     return Compiled(
-        registers=int(registers[1]),
+        registers=registers,
         shared=made.metadata.shared,
         whole=program.whole(),
         loops=program.loops(),
         hazards=program.hazards(),
     )
+
+
+def disassembled(cubin: bytes) -> tuple[int, Program]:
+    """Registers of a thread, and the program."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        use = _output(str(tools / "cuobjdump"), "-res-usage", file.name)
+        program = Program.parse(_output(str(tools / "nvdisasm"), "-c", file.name))
+    registers = re.search(r"REG:(\d+)", use)
+    assert registers is not None, use
+    return int(registers[1]), program
 
 
 def _types(spec: GemmSpec) -> dict[str, str]:

@@ -69,7 +69,7 @@ def _around(shape: LayerShape, gemm: Gemm, first: Cut, bm: int) -> Iterator[Cut]
     """Cuts of one height around the formula's."""
     low, high = bm == 16, bm >= 64
     registers = 128 if low else None
-    base = Tile(bm, 128, 128, stages=4, mixed=high, registers=registers, group_m=2 if high else 1)
+    base = Tile(bm, 128, first.tile.bk, stages=4, mixed=high, registers=registers, group_m=2 if high else 1)
     if first.tile.bm == bm:
         base = replace(first.tile, split=1)
     forms = [True, False] if gemm == "w13" and shape.fuses else [False]
@@ -82,21 +82,21 @@ def _around(shape: LayerShape, gemm: Gemm, first: Cut, bm: int) -> Iterator[Cut]
 
 def _tiles(base: Tile, *, unsplit: bool, split: bool) -> Iterator[Tile]:
     """Widths and steps in all combinations, with what goes with them; what else there is, one at a time."""
-    low = base.bm == 16
+    low = base.bm <= 32
     for bn, bk in itertools.product((64, 128, 256), (128, 64)):
-        if bn == 256 and base.bm != 64:
-            continue  # lower tiles gain nothing from it, the sums of higher ones do not fit (benchmarks/NOTES.md)
+        if low and bk != (64 if bn == 256 else base.bk):
+            continue  # shorter steps lose wherever memory is the limit
+        if bn == 256 and base.bm > 64:
+            continue  # the sums do not fit (benchmarks/NOTES.md)
         tile = replace(base, bn=bn, bk=bk)
         if unsplit:
-            yield from (replace(tile, stages=stages) for stages in (4, 3))
+            yield from (replace(tile, stages=stages) for stages in ((4, 5) if low else (4, 3)))
         if split:
             yield from (replace(tile, split=parts) for parts in (2, 4, 8))
     if unsplit:
-        for bn in (64, 128) if low else (128,):
-            tile = replace(base, bn=bn)
-            yield replace(tile, bk=64, stages=6)
-            yield replace(tile, registers=None if tile.registers else 128 if low else 168)
-            yield replace(tile, group_m=1 if tile.group_m > 1 else 2)
+        yield replace(base, bn=128, stages=6, registers=None)
+        yield replace(base, bn=128, registers=None if base.registers else 128 if base.bm == 16 else 168)
+        yield replace(base, bn=128, group_m=1 if base.group_m > 1 else 2)
         if base.mixed:
             yield replace(base, mixed=False)
             yield replace(base, group_m=8)

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field, replace
 from quant_moelora.kernels.grouped_gemm.layer import LayerShape, LayerTiles
 from quant_moelora.kernels.grouped_gemm.spec import Tile, uses_mma_sync
 
-# Programs below which a launch leaves the memory idle: four on each of an H200's 132 multiprocessors.
+# Programs below which a launch leaves the memory idle: four on each of an H200's 132 multiprocessors. Where experts
+# hardly repeat, half of them will do, since fewer parts are read sooner by what follows.
 _FULL = 528
-_LEAST_STEPS = 3  # of a program, below which a split costs more than it brings
+_LEAST_STEPS = 4  # of a program, below which a split costs more than it brings
+_SPLIT_STEPS = 8  # of a program, from which on a split costs less than narrow tiles do
+_FEW = 1.5  # pairs of an expert, up to which experts hardly repeat
 _NEAR = 2.0  # factor between numbers of pairs, up to which what was measured with one serves the other
 
 
@@ -135,17 +138,27 @@ def choose_tile(
         halves_apart: whether a tile has to lie in one of the two halves of n rows.
     """
     bm, rows = tile_rows(num_pairs, num_experts, capability), expected_rows(num_pairs, num_experts)
-    rows_of_tiles = n // 2 if halves_apart else n
-    narrow = not fused and (rows_of_tiles % 128 != 0 or rows <= 1.5)
-    bn, bk = 64 if narrow else 128, 128 if k % 128 == 0 else 64
+    rows_of_tiles, bk = n // 2 if halves_apart else n, 128 if k % 128 == 0 else 64
+    programs, steps, few = _active(num_pairs, num_experts) * (n // 128), k // bk, rows <= _FEW
+    narrow = not fused and (
+        rows_of_tiles % 128 != 0 or (few and programs * _split(programs, steps, _SPLIT_STEPS, _FULL // 2) < _FULL // 2)
+    )
+    bn = 64 if narrow else 128
     if bm == 64:
         wide = _is_large(capability) and n % 512 == 0 and not halves_apart  # each row of x is read half as often
         return Tile(bm, 256 if wide else bn, 64, stages=4, mixed=True, group_m=2)
     if bm == 128:
         bk = 64 if bits == 8 else bk  # so that two programs fit a multiprocessor's shared memory
         return Tile(bm, bn, bk, stages=3 if bk == 128 else 4, mixed=True, group_m=2)
-    split, programs, steps = 1, _active(num_pairs, num_experts) * (n // bn), k // bk
+    split = 1
     if bm == 16 and not fused:
-        while programs * split < _FULL and steps % (2 * split) == 0 and steps // (2 * split) >= _LEAST_STEPS:
-            split *= 2
+        split = _split(programs * 128 // bn, steps, _LEAST_STEPS, _FULL // 2 if few and not narrow else _FULL)
     return Tile(bm, bn, bk, stages=4, split=split, registers=128 if bm == 16 else None)
+
+
+def _split(programs: float, steps: int, least: int, enough: int) -> int:
+    """Least power of two of parts with which there are enough programs; each part has at least some steps."""
+    split = 1
+    while programs * split < enough and steps % (2 * split) == 0 and steps // (2 * split) >= least:
+        split *= 2
+    return split
