@@ -27,8 +27,9 @@ import triton
 from benchmarks import moe_ours, rivals
 from benchmarks.moe_case import SHAPES, Case, Roofs, random_case, random_info
 from benchmarks.record import provenance, write_rows
-from benchmarks.timing import graph_of, measured_roofs, quantile, take_turns
+from benchmarks.roofs import measured_roofs
 from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.kernels.common.timing import graph_of, quantile, take_turns
 
 OURS, TORCH = "ours", "torch"
 HUMMING = {"humming": "indexed", "humming-sorted": "grouped_contiguous"}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from quant_moelora.core import packing
-from quant_moelora.core.activations import Activation
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.scheme import QuantScheme
 from quant_moelora.core.weights import PackedWeight
+from quant_moelora.kernels.common import sample
+from quant_moelora.kernels.common.sample import active_experts, blank_info, random_routings, random_weight
 
 GROUP = 128
 DTYPE = torch.bfloat16
@@ -62,45 +62,13 @@ class Roofs:
         return max(active * shape.expert_bytes(bits) / self.read_tbps, flops / self.matmul_tflops) / 1e6
 
 
-def random_weight(experts: int, halves: int, n: int, k: int, bits: int, device: str) -> PackedWeight:
-    """A symmetric weight of random codes and random bfloat16 scales of both signs.
-
-    The least code does not occur, as with tools that use a symmetric range of codes: a rival has a form for that.
-    """
-    rows, columns = halves * packing.padded_rows(n), packing.padded_columns(k, GROUP)
-    qweight = torch.empty(packing.qweight_shape(experts, rows, columns, bits), dtype=torch.int32, device=device)
-    if device != "meta":
-        ones = sum(1 << low for low in range(0, packing.WORD_BITS, bits))
-        for words in qweight.random_(-(2**31), 2**31 - 1).split(8):
-            some = words.clone()
-            for bit in range(1, bits):
-                some |= words >> bit
-            words |= ~some & ones  # codes 0 become 1
-    scales = (torch.rand(experts, rows, columns // GROUP, device=device) * 0.028 + 1e-3) * 2.0 ** (4 - bits)
-    signed = torch.where(torch.rand_like(scales) < 0.5, -scales, scales).to(DTYPE)
-    return PackedWeight(
-        num_experts=experts,
-        halves=halves,
-        n=n,
-        n_pad=rows // halves,
-        k=k,
-        k_pad=columns,
-        bias=None,
-        scheme=QuantScheme(bits, GROUP, symmetric=True, scale_dtype=DTYPE),
-        qweight=qweight,
-        scales=packing.pack_pairs(signed),
-        zeros=None,
-        k_perm=None,
-    )
-
-
 def random_info(shape: Shape, bits: int, device: str) -> MoEQuantInfo:
-    """A layer with random weights."""
-    return MoEQuantInfo(
-        w13=random_weight(shape.experts, 2, shape.inter, shape.hidden, bits, device),
-        w2=random_weight(shape.experts, 1, shape.hidden, shape.inter, bits, device),
-        activation=Activation("silu"),
-    )
+    """A symmetric layer with random weights, or without data on the meta device."""
+    info = blank_info(shape.experts, shape.hidden, shape.inter, QuantScheme(bits, GROUP, True, DTYPE))
+    if device == "meta":
+        return info
+    w13, w2 = (random_weight(weight, device) for weight in (info.w13, info.w2) if isinstance(weight, PackedWeight))
+    return replace(info, w13=w13, w2=w2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,26 +95,20 @@ class Case:
     @property
     def active(self) -> float:
         """Experts that have any token, on average."""
-        return sum(ids.unique().numel() for ids in self.routings) / len(self.routings)
+        return active_experts(self.routings)
 
     def copies(self, bits: int, cache_bytes: int) -> int:
         """Copies of all weights that take turns, so that 8 times the cache is read before a weight comes again."""
-        return max(1, math.ceil(8 * cache_bytes / (self.active * self.shape.expert_bytes(bits))))
+        return sample.copies(self.active * self.shape.expert_bytes(bits), cache_bytes)
 
     def launches(self, copies: int) -> list[tuple[int, Tensor]]:
         """Copy and routing of each launch of a graph: all of both, each copy equally often."""
-        count = packing.round_up(len(self.routings), copies)
-        return [(i % copies, self.routings[i % len(self.routings)]) for i in range(count)]
+        return sample.launches(self.routings, copies)
 
 
 def random_case(shape: Shape, bits: int, tokens: int) -> Case:
-    """Uniform routings without repeats, seeded by their number; more of them where a launch is short."""
-    count = 16 if tokens <= 4 else 8 if tokens <= 256 else 4
-    routings: list[Tensor] = []
-    for seed in range(count):
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.rand(tokens, shape.experts, generator=generator).topk(shape.top_k).indices
-        routings.append(ids.to(torch.int32).cuda())
+    """Random tokens and routings."""
+    routings = random_routings(shape.experts, shape.top_k, tokens, "cuda")
     x = torch.randn(tokens, shape.hidden, device="cuda").to(DTYPE)
     weights = torch.rand(tokens, shape.top_k, device="cuda").softmax(-1)
     return Case(shape, bits, x, tuple(routings), weights)

@@ -10,9 +10,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
-from benchmarks.moe_case import CHECKED_TOKENS, DTYPE, SHAPES, Case, random_info, random_weight, relative_error
+from benchmarks.moe_case import CHECKED_TOKENS, DTYPE, SHAPES, Case, random_info, relative_error
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
@@ -20,9 +19,8 @@ from quant_moelora.core.weights import PackedWeight
 from quant_moelora.core.workspace import Workspace
 from quant_moelora.experts import marlin
 from quant_moelora.experts.base_injection import BaseInjection
-from quant_moelora.kernels.common.launch import overlaps
-from quant_moelora.kernels.dequant.prepare import PreparedWeight, prepare
-from quant_moelora.kernels.grouped_gemm import launch as gemm_launch
+from quant_moelora.kernels.common.ahead import compiling_only
+from quant_moelora.kernels.common.sample import blank_prepared
 from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
 from quant_moelora.kernels.grouped_gemm.spec import Tile
 from quant_moelora.layer import MoEExperts
@@ -138,24 +136,13 @@ def _packed(info: MoEQuantInfo) -> tuple[PackedWeight, PackedWeight]:
 def compile_ahead(name: str, bits: int, tokens: int) -> None:
     """Compile what a case launches into Triton's cache, without tensors: for several processes at once."""
     shape = SHAPES[name]
-    run: Any = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, **kwargs: Any) -> object:
-        return run(self, *args, **(kwargs | {"warmup": True}))
-
-    def prepared(weight: PackedWeight) -> PreparedWeight:
-        one = prepare(random_weight(1, weight.halves, weight.n, weight.k, bits, "cpu"), DTYPE)
-        scales = torch.empty(weight.num_experts, *one.scales.shape[1:], dtype=one.scales.dtype, device="meta")
-        return replace(one, scales=scales)
-
     info = random_info(shape, bits, "meta")
-    w13, w2 = (prepared(weight) for weight in _packed(info))
+    w13, w2 = (blank_prepared(weight, DTYPE) for weight in _packed(info))
     whole = marlin.MarlinPrepared(info, DTYPE, {}, None, w13, w2)
     x = torch.empty(tokens, shape.hidden, dtype=DTYPE, device="meta")
     ids = torch.empty(tokens, shape.top_k, dtype=torch.int32, device="meta")
     routing = Routing(ids, torch.empty(tokens, shape.top_k, device="meta"))
     workspace = Workspace(torch.device("meta"))
-    as_on_gpu = mock.patch.object(gemm_launch, "overlaps", return_value=overlaps(torch.device("cuda")))
-    with mock.patch.object(JITFunction, "run", compile_only), as_on_gpu, torch.inference_mode():
+    with compiling_only(), torch.inference_mode():
         for launch in record(lambda: marlin.MarlinBackend().apply(x, whole, routing, BaseInjection(info), workspace)):
             launch.plain()()

@@ -16,11 +16,12 @@ from dataclasses import replace
 import torch
 
 from benchmarks.moe_case import SHAPES, Shape, random_info
-from benchmarks.timing import graph_of, take_turns
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.routing import Routing
 from quant_moelora.core.weights import PackedWeight
+from quant_moelora.core.workspace import Workspace
 from quant_moelora.kernels.align.launch import align
+from quant_moelora.kernels.common.timing import graph_of, take_turns
 from quant_moelora.kernels.dequant.prepare import prepare
 from quant_moelora.kernels.grouped_gemm.config import choose_tile, tile_rows
 from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
@@ -63,7 +64,7 @@ def compare(name: str, tokens: int, bits: int, rounds: int) -> None:
     wants: list[torch.Tensor] = []
     calls: dict[str, list[Callable[[], object]]] = {}
     for what, (t13, t2) in tiles_of(shape, pairs, bits).items():
-        plan, tiles = align(routing, shape.experts, t13.bm)
+        plan, tiles = align(routing, shape.experts, t13.bm, Workspace(x.device))
         one = (x, w13, p13, tiles, plan.rows, shape.top_k, outs[0], t13, silu)
         two = (h, w2, p2, tiles, plan.rows, None, outs[1], t2)
         calls[what] = [lambda a=one: grouped_gemm(*a), lambda a=two: grouped_gemm(*a)]

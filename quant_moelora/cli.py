@@ -1,4 +1,4 @@
-"""Command line: inspect and verify a checkpoint, generate with adapters, export them, run the demo."""
+"""Command line: inspect and verify a checkpoint, generate with adapters, export them, tune tiles, run the demo."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quant_moelora.core.errors import AdapterError, QuantMoELoRAError
+from quant_moelora.core.errors import AdapterError, QuantMoELoRAError, UnsupportedError
 from quant_moelora.integrations.session import BASE_NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from quant_moelora.integrations.verify import Verification
+    from quant_moelora.kernels.grouped_gemm.table import Table
+    from quant_moelora.kernels.grouped_gemm.tune import Problem
     from quant_moelora.lora.export import Form
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="LoRA on quantised Mixture-of-Experts models.")
@@ -214,6 +216,7 @@ def generate(
     dtype: Annotated[DType, typer.Option(help="Activation dtype; auto takes the checkpoint's.")] = DType.AUTO,
     device: Annotated[str, typer.Option(help="Where the model goes, such as cpu or cuda.")] = "cpu",
     backend: Annotated[str, typer.Option(help="Experts backend.")] = "auto",
+    tuned_configs: Annotated[str | None, typer.Option(help="Folder of tables that tune wrote.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Complete the prompts in one batch, each with its adapter or with the base model."""
@@ -225,7 +228,7 @@ def generate(
 
     folder = resolve_checkpoint(model)
     adapters = _split_adapters(adapter or [])
-    loaded = from_pretrained(folder, dtype=dtype.value, device_map=device, backend=backend)
+    loaded = from_pretrained(folder, dtype=dtype.value, device_map=device, backend=backend, tuned_configs=tuned_configs)
     if adapters:
         attach_adapters(loaded, adapters)
     requests = [_split_prompt(text, adapters) for text in prompt]
@@ -318,6 +321,117 @@ def export_adapter(
     written: Form = "fused" if form is AdapterForm.FUSED else "per_expert"
     export_adapter(loaded, specs, to, written, skeleton.config.model_type)
     typer.echo(f"{to}: {form.value}, {len(loaded.layers)} layers of experts, {len(loaded.linears)} other linear layers")
+
+
+@app.command()
+def tune(
+    out: Annotated[Path, typer.Option(help="Folder for the tables, one a layer; made if it is not there.")],
+    model: Annotated[str | None, typer.Option(help="Folder of a checkpoint, or a repository of the hub.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Experts of a layer, without a model.", min=1)] = None,
+    hidden: Annotated[int | None, typer.Option(help="Hidden size.", min=1)] = None,
+    intermediate: Annotated[int | None, typer.Option(help="Intermediate size.", min=1)] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts of a token; of a model what its config says.")] = None,
+    bits: Annotated[int, typer.Option(help="Bits of a code, without a model.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1 for all.")] = 128,
+    zeros: Annotated[bool, typer.Option(help="Whether there are zero points, without a model.")] = False,
+    act_order: Annotated[bool, typer.Option(help="Whether gate and up have an act-order.")] = False,
+    dtype: Annotated[DType, typer.Option(help="Activation dtype; auto takes the checkpoint's.")] = DType.AUTO,
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens in a forward.")] = "1,4,16,64,256,1024,4096",
+    rounds: Annotated[int, typer.Option(help="Rounds in which candidates take turns.", min=1)] = 11,
+    processes: Annotated[int | None, typer.Option(help="Processes that compile; one a processor.", min=1)] = None,
+    commit: Annotated[str, typer.Option(help="Commit of the code, for the table.")] = "unknown",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the tables as JSON.")] = False,
+) -> None:
+    """Measure tiles of a layer's GEMMs on this GPU, with random weights, and write the best ones into a table."""
+    from quant_moelora.kernels.grouped_gemm.tune import default_processes, tune
+
+    given = {"--experts": experts, "--hidden": hidden, "--intermediate": intermediate, "--top-k": top_k}
+    if model is None:
+        problems = [_layer_problem(given, bits, None if group_size == -1 else group_size, zeros, dtype)]
+    else:
+        problems = _model_problems(model, top_k, dtype)
+    numbers, count = _numbers(tokens), processes or default_processes()
+    if out.exists() and not out.is_dir():
+        raise UnsupportedError("--out", got=f"the file {out}", rule="a folder", remedy="name a folder for the tables")
+    out.mkdir(parents=True, exist_ok=True)
+    made: dict[str, Table] = {}
+    for problem in problems:
+        one = problem.with_act_order() if act_order else problem
+        table = tune(one, numbers, rounds=rounds, processes=count, commit=commit)
+        made[str(table.write(out))] = table
+    if as_json:
+        typer.echo(json.dumps({path: asdict(table) for path, table in made.items()}, indent=2))
+        return
+    for path, table in made.items():
+        typer.echo(path)
+        for entry in table.entries:
+            gain = f"{entry.formula_us / entry.us - 1:+.1%}" if entry.us < entry.formula_us else "the formula's tiles"
+            typer.echo(f"  {entry.num_pairs} pairs: {entry.us:.1f} us, {gain}")
+
+
+def _layer_problem(
+    given: dict[str, int | None], bits: int, group_size: int | None, zeros: bool, dtype: DType
+) -> Problem:
+    """The layer that the options describe."""
+    import torch
+
+    from quant_moelora.core.scheme import QuantScheme
+    from quant_moelora.kernels.common.sample import blank_info
+    from quant_moelora.kernels.grouped_gemm.tune import Problem
+
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        raise UnsupportedError(
+            "tune",
+            got=f"no {', '.join(missing)}",
+            rule="--model, or all of a layer's sizes",
+            remedy="add what is missing",
+        )
+    experts, hidden, inter, top_k = (value or 0 for value in given.values())
+    own = torch.bfloat16 if dtype is DType.AUTO else getattr(torch, dtype.value)
+    info = blank_info(experts, hidden, inter, QuantScheme(bits, group_size, not zeros, torch.bfloat16))
+    return Problem(info, top_k, own)
+
+
+def _model_problems(path: str, top_k: int | None, dtype: DType) -> list[Problem]:
+    """The different layers of a checkpoint; only headers are read."""
+    import torch
+
+    from quant_moelora.core.weights import PackedWeight
+    from quant_moelora.kernels.grouped_gemm.tune import Problem
+    from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
+    from quant_moelora.loaders.families import build_skeleton, find_experts
+    from quant_moelora.loaders.layer_format import describe_layers
+
+    checkpoint = Checkpoint(resolve_checkpoint(path))
+    skeleton = build_skeleton(checkpoint)
+    text = skeleton.config.get_text_config()
+    chosen = top_k or getattr(text, "num_experts_per_tok", None)
+    infos = [layer.meta_info() for layer in describe_layers(checkpoint, find_experts(skeleton), skeleton)]
+    quantised = [i for i in infos if isinstance(i.w13, PackedWeight) and isinstance(i.w2, PackedWeight)]
+    if not quantised or chosen is None:
+        raise UnsupportedError(
+            f"tune {path}",
+            got="no quantised experts" if not quantised else "a config without num_experts_per_tok",
+            rule="layers with int4 or int8 experts, and how many of them a token has",
+            remedy="choose another model" if not quantised else "give --top-k",
+        )
+    own = skeleton.dtype if dtype is DType.AUTO else getattr(torch, dtype.value)
+    problems = [Problem(info, int(chosen), own) for info in quantised]
+    return list({problem.shape: problem for problem in problems}.values())
+
+
+def _numbers(text: str) -> list[int]:
+    """Positive numbers of a list with commas, each once."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UnsupportedError(
+            "--tokens",
+            got=text,
+            rule="positive numbers with commas between",
+            remedy="write them as in --tokens 1,16,256",
+        )
+    return sorted({int(part) for part in parts})
 
 
 @app.command()

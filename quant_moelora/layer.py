@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from quant_moelora.core.routing import Routing
 from quant_moelora.core.workspace import Workspace
 from quant_moelora.experts.base_injection import BaseInjection
 from quant_moelora.experts.registry import AUTO, select_backend
+from quant_moelora.kernels.grouped_gemm.table import tuned_folder
 from quant_moelora.lora.injection import LoRAInjection
 
 logger = logging.getLogger(__name__)
@@ -31,14 +33,20 @@ class MoEExperts(nn.Module):
     Args:
         info: the experts' weights.
         backend: name of a registered backend, or ``auto`` for the first one that serves.
+        tuned_configs: folder with tables of `quant-moelora tune`, which a backend with tiles reads on its first
+            forward, before those that are shipped; None for what QUANT_MOELORA_TUNED_CONFIGS names, if it does.
 
     Raises:
+        FormatError: there is no such folder; on the first forward, a file in it is no table.
         BackendError: on the first forward in a dtype that the backend does not serve.
     """
 
-    def __init__(self, info: MoEQuantInfo, backend: str = AUTO) -> None:
+    def __init__(
+        self, info: MoEQuantInfo, backend: str = AUTO, tuned_configs: str | os.PathLike[str] | None = None
+    ) -> None:
         super().__init__()
         self.backend_name = backend
+        self.tuned_configs = tuned_folder(tuned_configs)
         self._captured_without_lora = False
         self._set_info(info)
 
@@ -106,7 +114,7 @@ class MoEExperts(nn.Module):
             selection = select_backend(self.backend_name, self.info, self.info.device, dtype)
             logger.log(logging.INFO if self.backend_name == AUTO else logging.DEBUG, "%s", selection.report)
             self._backend = selection.backend
-            self._prepared = selection.backend.prepare(self.info, dtype)
+            self._prepared = selection.backend.prepare(self.info, dtype, self.tuned_configs)
             self._workspace = selection.backend.workspace(self.info)
             if self._prepared.lossy:
                 logger.warning("experts in %s: %s", dtype, self._prepared.lossy)

@@ -219,9 +219,9 @@ class TestForward:
         seen: list[torch.dtype] = []
 
         class Counting(ReferenceBackend):
-            def prepare(self, info: MoEQuantInfo, dtype: torch.dtype) -> Any:
+            def prepare(self, info: MoEQuantInfo, dtype: torch.dtype, tuned_configs: str | None = None) -> Any:
                 seen.append(dtype)
-                return super().prepare(info, dtype)
+                return super().prepare(info, dtype, tuned_configs)
 
         monkeypatch.setattr(registry, "BACKENDS", (Counting(),))
         experts = MoEExperts(build().info)

@@ -6,14 +6,26 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 
+from quant_moelora.core.packing import LAYOUT
+from quant_moelora.kernels.grouped_gemm.layer import LayerShape, WeightShape
+from quant_moelora.kernels.grouped_gemm.spec import Tile
+from quant_moelora.kernels.grouped_gemm.table import Entry, Provenance, Table
+
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "quant_moelora")
 NOT_SHIPPED = ("kernels", "loaders", "tests", "benchmarks")
+# A table of tiles that the build gets beside those that are shipped.
+TABLE = "quant_moelora/kernels/grouped_gemm/tuned/Some_GPU.json"
+READ_TABLE = """
+from quant_moelora.kernels.grouped_gemm.table import tuned_tiles
+((shape, tiles),) = tuned_tiles(None, "Some GPU").layers.items()
+print(shape.num_experts, tiles[8].w2.bn)
+"""
 
 pytestmark = pytest.mark.slow
 
@@ -44,9 +56,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(path, source / name)
+    (source / TABLE).parent.mkdir(exist_ok=True)
+    (source / TABLE).write_text(json.dumps(asdict(some_table())), encoding="utf-8")
     run("-m", "build", "--wheel", "--no-isolation", "--outdir", out, source, cwd=source)
     (built,) = out.iterdir()
     return built
+
+
+def some_table() -> Table:
+    """Tiles of one layer."""
+    w13, w2 = WeightShape(256, 128, 4, 32, False), WeightShape(128, 128, 4, 32, False)
+    shape = LayerShape(4, w13, w2, "bfloat16", act_order=False, fuses=True)
+    entry = Entry(8, Tile(16, 128, 64), Tile(16, 128, 64), Tile(16, 64, 128), 1.0, 2.0)
+    return Table("Some GPU", (9, 0), LAYOUT, shape, Provenance("", "", "", "", "", ""), (entry,))
 
 
 @dataclass(frozen=True)
@@ -78,7 +100,7 @@ def test_wheel_holds_each_file_once(wheel: Path) -> None:
         *(path for path in (package / "data").rglob("*") if path.is_file() and "__pycache__" not in path.parts),
         package / "py.typed",
     }
-    expected = sorted(path.relative_to(ROOT).as_posix() for path in files)
+    expected = sorted([*(path.relative_to(ROOT).as_posix() for path in files), TABLE])
     with zipfile.ZipFile(wheel) as archive:
         packed = sorted(name for name in archive.namelist() if ".dist-info/" not in name)
     assert packed == expected
@@ -87,6 +109,10 @@ def test_wheel_holds_each_file_once(wheel: Path) -> None:
 def test_import_comes_from_the_wheel(installed: Installed) -> None:
     where = installed.python("-c", "import quant_moelora; print(quant_moelora.__file__)").strip()
     assert Path(where) == installed.target / "quant_moelora" / "__init__.py"
+
+
+def test_tables_of_the_wheel_are_read(installed: Installed) -> None:
+    assert installed.python("-c", READ_TABLE).split() == ["4", "64"]
 
 
 def test_help(installed: Installed) -> None:

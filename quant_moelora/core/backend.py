@@ -62,8 +62,8 @@ class ExpertsBackend(Protocol):
         """Whether the backend serves this info (which may be on the meta device), with every reason against it."""
         ...
 
-    def prepare(self, info: MoEQuantInfo, dtype: torch.dtype) -> Prepared:
-        """Make the backend's view, once."""
+    def prepare(self, info: MoEQuantInfo, dtype: torch.dtype, tuned_configs: str | None = None) -> Prepared:
+        """Make the backend's view, once; a backend with tuned tiles looks for them in the folder first."""
         ...
 
     def workspace(self, info: MoEQuantInfo) -> Workspace:

@@ -19,11 +19,13 @@ from quant_moelora.core.workspace import Workspace
 from quant_moelora.kernels.activation.launch import activate
 from quant_moelora.kernels.align.launch import align
 from quant_moelora.kernels.by_half.launch import by_half
-from quant_moelora.kernels.common.launch import capability
+from quant_moelora.kernels.common.launch import capability, gpu_name
 from quant_moelora.kernels.dequant.prepare import LEAST_GROUP, PreparedWeight, prepare, regrouped
-from quant_moelora.kernels.grouped_gemm.config import choose_tile, is_direct, tile_rows
+from quant_moelora.kernels.grouped_gemm.config import Tuned, choose_tiles
 from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
+from quant_moelora.kernels.grouped_gemm.layer import LayerShape, LayerTiles
 from quant_moelora.kernels.grouped_gemm.spec import Tile
+from quant_moelora.kernels.grouped_gemm.table import tuned_tiles
 from quant_moelora.kernels.moe_sum.launch import moe_sum
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -32,10 +34,26 @@ _LEAST_CAPABILITY = (8, 0)  # fma.rn.bf16x2 and cp.async
 
 @dataclass(frozen=True, eq=False)
 class MarlinPrepared(Prepared):
-    """`Prepared` with what the kernels read of each weight besides its codes."""
+    """`Prepared` with what the kernels read of each weight besides its codes, and a folder of tuned tiles, or None."""
 
     w13: PreparedWeight
     w2: PreparedWeight
+    tuned_configs: str | None = None
+
+    @functools.cached_property
+    def shape(self) -> LayerShape:
+        """What tiles are chosen from."""
+        return LayerShape.of(self.info, self.dtype)
+
+    @functools.cached_property
+    def _target(self) -> tuple[tuple[int, int], Tuned]:
+        """The GPU that tiles are chosen for, and what was measured there."""
+        device = self.info.device
+        return capability(device), tuned_tiles(self.tuned_configs, gpu_name(device))
+
+    def choose_tiles(self, num_pairs: int) -> LayerTiles:
+        """Tiles for a number of pairs on the info's device."""
+        return choose_tiles(self.shape, num_pairs, *self._target)
 
 
 class MarlinBackend:
@@ -68,11 +86,12 @@ class MarlinBackend:
             reasons.append(f"the layer is shard {info.shard.rank} of {info.shard.world_size}")
         return Verdict(tuple(reasons))
 
-    def prepare(self, info: MoEQuantInfo, dtype: torch.dtype) -> MarlinPrepared:
+    def prepare(self, info: MoEQuantInfo, dtype: torch.dtype, tuned_configs: str | None = None) -> MarlinPrepared:
         """Cast the scales and fold the dequantisation's powers of two into them."""
         w13, w2 = (prepare(_packed(weight), dtype) for weight in (info.w13, info.w2))
         lossy = "; ".join(f"{name}: {w.lossy}" for name, w in (("w13", w13), ("w2", w2)) if w.lossy)
-        return MarlinPrepared(info, dtype, w13.tensors("w13") | w2.tensors("w2"), lossy or None, w13, w2)
+        tensors = w13.tensors("w13") | w2.tensors("w2")
+        return MarlinPrepared(info, dtype, tensors, lossy or None, w13, w2, tuned_configs)
 
     def workspace(self, info: MoEQuantInfo) -> Workspace:
         """Buffers on the info's device."""
@@ -124,6 +143,7 @@ class _Forward:
         prepared: the weights.
         routing: the pairs.
         workspace: the buffers.
+        chosen: how the GEMMs are cut.
         plan: their order; None where pairs are taken as they come.
         tiles: tiles of that order, int32 [T, 4], or the router's ids [P].
     """
@@ -131,17 +151,18 @@ class _Forward:
     prepared: MarlinPrepared
     routing: Routing
     workspace: Workspace
+    chosen: LayerTiles
     plan: Plan | None
     tiles: Tensor
 
     @staticmethod
     def of(prepared: MarlinPrepared, routing: Routing, workspace: Workspace, *, sort: bool) -> _Forward:
         """Sort the pairs, if they have to be or if it pays."""
-        pairs, experts = routing.num_pairs, prepared.info.num_experts
-        if sort or _packed(prepared.info.w13).k_perm is not None or not is_direct(pairs, experts):
-            plan, tiles = align(routing, experts, tile_rows(pairs, experts, capability(prepared.info.device)))
-            return _Forward(prepared, routing, workspace, plan, tiles)
-        return _Forward(prepared, routing, workspace, None, routing.topk_ids.reshape(-1))
+        chosen = prepared.choose_tiles(routing.num_pairs)
+        if sort or prepared.shape.act_order or not chosen.direct:
+            plan, tiles = align(routing, prepared.info.num_experts, chosen.bm, workspace)
+            return _Forward(prepared, routing, workspace, chosen, plan, tiles)
+        return _Forward(prepared, routing, workspace, chosen, None, routing.topk_ids.reshape(-1))
 
     @property
     def rows(self) -> Tensor | None:  # (P,) int32
@@ -156,31 +177,20 @@ class _Forward:
     def activated(self, x: Tensor) -> Tensor:  # (M, H) -> (P, inter_pad)
         """The base model's input of the second GEMM: the activation is part of the first one, if that is not split."""
         info = self.prepared.info
-        w13, tile = _packed(info.w13), self._tile13(fused=False)
-        if tile.split == 1 and info.activation.gated and w13.k_perm is None and info.router_weight == "output":
-            return self._gemm13(x, self.new_h(), self._tile13(fused=True), info.activation)
+        if self.chosen.w13_fused is not None:
+            return self._gemm13(x, self.new_h(), self.chosen.w13_fused, info.activation)
         return activate(self.gate_up(x), info, self.routing, self.rows, self.new_h())
 
     def gate_up(self, x: Tensor) -> Tensor:  # (M, H) -> (P, rows of w13), or (parts, P, rows) float32
         """Product with w13."""
-        tile = self._tile13(fused=False)
+        tile = self.chosen.w13
         return self._gemm13(x, self._output("gate_up", _packed(self.prepared.info.w13).rows, tile), tile)
 
     def down(self, h: Tensor) -> Tensor:  # (P, inter_pad) -> (P, H), or (parts, P, H) float32
         """Product with w2."""
         info, w2 = self.prepared.info, _packed(self.prepared.info.w2)
-        tile = self._tile(w2, fused=False, halves_apart=False)
-        y = self._output("y", info.hidden_size, tile)
-        return grouped_gemm(h, w2, self.prepared.w2, self.tiles, self.rows, None, y, tile)
-
-    def _tile13(self, *, fused: bool) -> Tile:
-        w13 = _packed(self.prepared.info.w13)
-        return self._tile(w13, fused=fused, halves_apart=w13.k_perm is not None and w13.halves == 2)
-
-    def _tile(self, weight: PackedWeight, *, fused: bool, halves_apart: bool) -> Tile:
-        pairs, gpu = self.routing.num_pairs, capability(self.prepared.info.device)
-        n, k, bits = weight.rows, weight.k_pad, weight.scheme.bits
-        return choose_tile(pairs, weight.num_experts, n, k, bits, gpu, fused=fused, halves_apart=halves_apart)
+        y = self._output("y", info.hidden_size, self.chosen.w2)
+        return grouped_gemm(h, w2, self.prepared.w2, self.tiles, self.rows, None, y, self.chosen.w2)
 
     def _gemm13(self, x: Tensor, out: Tensor, tile: Tile, activation: Activation | None = None) -> Tensor:
         w13, top_k = _packed(self.prepared.info.w13), self.routing.top_k

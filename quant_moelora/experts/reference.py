@@ -31,8 +31,8 @@ class ReferenceBackend:
             reasons.append(f"the layer is shard {info.shard.rank} of {info.shard.world_size}")
         return Verdict(tuple(reasons))
 
-    def prepare(self, info: MoEQuantInfo, dtype: torch.dtype) -> Prepared:
-        """Nothing to convert: scales are used as the checkpoint stores them, in float32."""
+    def prepare(self, info: MoEQuantInfo, dtype: torch.dtype, tuned_configs: str | None = None) -> Prepared:
+        """Nothing to convert, and no tiles: scales are used as the checkpoint stores them, in float32."""
         return Prepared(info=info, dtype=dtype, tensors={}, lossy=None)
 
     def workspace(self, info: MoEQuantInfo) -> Workspace:

@@ -8,6 +8,7 @@ loading path serves the library and transformers.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
 from quant_moelora.experts.registry import AUTO, select_backend
 from quant_moelora.integrations.session import AdapterSession, with_adapter_names
+from quant_moelora.kernels.grouped_gemm.table import tuned_folder
 from quant_moelora.layer import MoEExperts
 from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
 from quant_moelora.loaders.experts import load_layer
@@ -77,11 +79,13 @@ class QuantMoELoRAConfig(QuantizationConfigMixin):
 
     Args:
         backend: experts backend.
+        tuned_configs: folder of tuned tiles, or None.
     """
 
-    def __init__(self, backend: str = AUTO, **_: Any) -> None:
+    def __init__(self, backend: str = AUTO, tuned_configs: str | None = None, **_: Any) -> None:
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue] - an enum of built-in methods
         self.backend = backend
+        self.tuned_configs = tuned_configs
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         # transformers 5.17 would otherwise leave every renamed key in the checkpoint's dtype.
         self.pre_quantized = False
         self.backend = quantization_config.backend
+        self.tuned_configs = quantization_config.tuned_configs
         self.session = AdapterSession()
         self.load: _Load | None = None
 
@@ -203,7 +208,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
             block = model.get_submodule(layer.spec.module.rpartition(".")[0])
             assert isinstance(experts, FusedExperts)
             device = next(block.parameters()).device  # the router stands beside the experts
-            experts.moe = MoEExperts(load_layer(load.checkpoint, layer, device), backend)
+            experts.moe = MoEExperts(load_layer(load.checkpoint, layer, device), backend, self.tuned_configs)
         with torch.no_grad():
             for name, linear in load.linears.items():
                 weight = model.get_submodule(name).get_parameter("weight")
@@ -234,6 +239,7 @@ def from_pretrained(
     dtype: torch.dtype | str | None = None,
     device_map: str | int | torch.device | dict[str, Any] | None = None,
     backend: str = AUTO,
+    tuned_configs: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     token: str | None = None,
     **kwargs: Any,
@@ -245,20 +251,23 @@ def from_pretrained(
         dtype: activation dtype and that of everything but the experts' codes and scales; None takes the checkpoint's.
         device_map: one device for the whole model, as a device or ``{"": device}``; None is the CPU.
         backend: experts backend, or ``auto``.
+        tuned_configs: folder of tuned tiles; see `MoEExperts`.
         revision: revision of a hub repository.
         token: token for a hub repository.
         kwargs: passed to transformers.
 
     Raises:
         FormatError: a tensor is missing, misshapen or in contradiction to the config; nothing is returned half-loaded.
+            Or there is no such folder of tuned tiles.
         UnsupportedError: a format, family or device map that is not served.
         BackendError: no backend serves the model.
     """
+    tuned = tuned_folder(tuned_configs)
     folder = resolve_checkpoint(path, revision=revision, token=token)
     device_map = _single_device(device_map)
     Checkpoint(folder)  # a damaged file is reported by us, in one way, before transformers opens it
     config = AutoConfig.from_pretrained(folder, **_pick(kwargs, "trust_remote_code"))
-    config.quantization_config = {"quant_method": METHOD, "backend": backend}
+    config.quantization_config = {"quant_method": METHOD, "backend": backend, "tuned_configs": tuned}
     kwargs["ignore_mismatched_sizes"] = True  # _check_loaded raises, in the library's words
     if dtype is not None:
         kwargs["dtype"] = dtype

@@ -40,7 +40,7 @@ class FakeBackend:
         self.asked.append((device, dtype, lora))
         return Verdict(self.reasons)
 
-    def prepare(self, info: MoEQuantInfo, dtype: torch.dtype) -> Prepared:
+    def prepare(self, info: MoEQuantInfo, dtype: torch.dtype, tuned_configs: str | None = None) -> Prepared:
         return Prepared(info, dtype, {}, "3 scales were rounded")
 
     def workspace(self, info: MoEQuantInfo) -> Workspace:

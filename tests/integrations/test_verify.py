@@ -172,7 +172,7 @@ def test_what_the_backend_loses_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
     """It is asked in the model's own dtype, and is no failure."""
     asked: list[torch.dtype] = []
 
-    def prepare(self: ReferenceBackend, info: Any, dtype: torch.dtype) -> Prepared:
+    def prepare(self: ReferenceBackend, info: Any, dtype: torch.dtype, tuned_configs: str | None = None) -> Prepared:
         asked.append(dtype)
         return Prepared(info, dtype, {}, "3 scales rounded")
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import tempfile
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -25,9 +26,11 @@ from quant_moelora.core.scheme import QuantScheme
 from quant_moelora.core.weights import PackedWeight
 from quant_moelora.core.workspace import Workspace
 from quant_moelora.experts import marlin
+from quant_moelora.kernels.common.launch import options
 from quant_moelora.kernels.dequant.prepare import PreparedWeight, recipe, regrouped
 from quant_moelora.kernels.grouped_gemm import launch
 from quant_moelora.kernels.grouped_gemm.spec import GemmSpec, Tile
+from quant_moelora.kernels.grouped_gemm.table import shipped_tables
 from tests.kernels.sass import Code, Program
 
 
@@ -97,9 +100,21 @@ def _prepared(weight: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
     return PreparedWeight(regrouped(weight), weight.scales, zeros, post, None, how.one_step)
 
 
-def layer_specs(
-    shape: Shape, tokens: int, scheme: QuantScheme, dtype: torch.dtype, gpu: tuple[int, int]
-) -> list[GemmSpec]:
+class Gpu(NamedTuple):
+    """What tiles are chosen for; the empty name has no tables."""
+
+    name: str
+    capability: tuple[int, int]
+
+
+def gpus(capability: int) -> list[Gpu]:
+    """One GPU of which nothing was measured, and those of the shipped tables."""
+    own = divmod(capability, 10)
+    measured = {table.gpu for _, table in shipped_tables() if table.capability == own}
+    return [Gpu(name, own) for name in ("", *sorted(measured))]
+
+
+def layer_specs(shape: Shape, tokens: int, scheme: QuantScheme, dtype: torch.dtype, gpu: Gpu) -> list[GemmSpec]:
     """What the backend launches on a GPU for a forward of the base model, and for one with adapters."""
     info, pairs = _layer(shape, scheme), tokens * shape.top_k
     assert isinstance(info.w13, PackedWeight) and isinstance(info.w2, PackedWeight)
@@ -128,10 +143,11 @@ def layer_specs(
             marlin,
             align=lambda *_: (plan, _empty((1, 4))),
             activate=lambda *arguments: arguments[-1],
-            capability=lambda _: gpu,
+            capability=lambda _: gpu.capability,
+            gpu_name=lambda _: gpu.name,
             grouped_gemm=record,
         ),
-        patch.object(launch, "overlaps", lambda _: gpu >= (9, 0)),
+        patch.multiple(launch, capability=lambda _: gpu.capability, overlaps=lambda _: gpu.capability >= (9, 0)),
     ):
         base = marlin._Forward.of(prepared, routing, Workspace(x.device), sort=False)
         base.down(base.activated(x))
@@ -151,8 +167,9 @@ def _kind(spec: GemmSpec) -> GemmSpec:
 def all_specs(capability: int) -> dict[str, list[GemmSpec]]:
     """One spec of each kind, by the first model whose layer it serves, at some number of tokens, scheme and dtype."""
     first: dict[GemmSpec, tuple[str, GemmSpec]] = {}
-    for (name, shape), tokens, scheme, dtype in itertools.product(SHAPES.items(), TOKENS, SCHEMES, DTYPES):
-        for spec in layer_specs(shape, tokens, scheme, dtype, divmod(capability, 10)):
+    points = itertools.product(gpus(capability), SHAPES.items(), TOKENS, SCHEMES, DTYPES)
+    for gpu, (name, shape), tokens, scheme, dtype in points:
+        for spec in layer_specs(shape, tokens, scheme, dtype, gpu):
             first.setdefault(_kind(spec), (name, spec))
     return {model: [spec for name, spec in first.values() if name == model] for model in SHAPES}
 
@@ -162,9 +179,9 @@ def sample(capability: int) -> list[GemmSpec]:
     main: dict[object, GemmSpec] = {}
     other: dict[object, GemmSpec] = {}
     forms = itertools.cycle((s, d) for d in reversed(DTYPES) for s in SCHEMES if s != MAIN_SCHEME)
-    for shape, tokens in itertools.product(SHAPES.values(), TOKENS):
+    for gpu, shape, tokens in itertools.product(gpus(capability), SHAPES.values(), TOKENS):
         for kept, form in ((main, (MAIN_SCHEME, torch.bfloat16)), (other, next(forms))):
-            for spec in layer_specs(shape, tokens, *form, divmod(capability, 10)):
+            for spec in layer_specs(shape, tokens, *form, gpu):
                 kept.setdefault((spec.tile, spec.activation != ""), spec)
     return list(dict.fromkeys((*main.values(), *other.values())))
 
@@ -190,12 +207,14 @@ class Compiled:
 
 def compiled(specs: list[GemmSpec], capability: int) -> list[Compiled]:
     """Compile each for a compute capability (90 for sm_90), on all processors."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_no_interpreter) as workers:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_set_up) as workers:
         return list(workers.map(_compile, specs, itertools.repeat(capability)))
 
 
-def _no_interpreter() -> None:
+def _set_up() -> None:
+    """No interpreter; what the compiler warns of is an error."""
     os.environ.pop("TRITON_INTERPRET", None)
+    warnings.simplefilter("error")
 
 
 def _compile(spec: GemmSpec, capability: int) -> Compiled:
@@ -210,18 +229,11 @@ def _compile(spec: GemmSpec, capability: int) -> Compiled:
     unaligned = {"num_tiles", "num_experts", "top_k", "SPEC"}
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in unaligned}
     source = source_of(kernel, {n: types[n] for n in names}, constants, attributes)
-    options = {"num_warps": spec.tile.warps, "maxnreg": spec.tile.registers, "launch_pdl": spec.overlap}
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        use = _output(str(tools / "cuobjdump"), "-res-usage", file.name)
-        program = Program.parse(_output(str(tools / "nvdisasm"), "-c", file.name))
-    registers = re.search(r"REG:(\d+)", use)
-    assert registers is not None, use
+    chosen = {"num_warps": spec.tile.warps, "maxnreg": spec.tile.registers, **options(spec.overlap)}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen)
+    registers, program = disassembled(made.asm["cubin"])
     return Compiled(
-        registers=int(registers[1]),
+        registers=registers,
         shared=made.metadata.shared,
         whole=program.whole(),
         loops=program.loops(),
@@ -242,6 +254,21 @@ def _kernel(spec: GemmSpec) -> tuple[Any, Any]:
     from quant_moelora.kernels.grouped_gemm.kernel import grouped_gemm_kernel
 
     return grouped_gemm_kernel, ASTSource
+
+
+def disassembled(cubin: bytes) -> tuple[int, Program]:
+    """Registers of a thread, and the program."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        use = _output(str(tools / "cuobjdump"), "-res-usage", file.name)
+        program = Program.parse(_output(str(tools / "nvdisasm"), "-c", file.name))
+    registers = re.search(r"REG:(\d+)", use)
+    assert registers is not None, use
+    return int(registers[1]), program
 
 
 def _types(spec: GemmSpec) -> dict[str, str]:

@@ -126,6 +126,10 @@ def test_expected_rows(pairs: int, experts: int) -> None:
     assert expected_rows(1, experts) == pytest.approx(1.0)
 
 
+def test_only_the_lowest_tiles_are_launched_during_the_kernel_before() -> None:
+    assert [bm for bm in (16, 32, 64, 128) if Tile(bm, 128, 64).overlaps] == [16]
+
+
 @pytest.mark.parametrize("experts", [1, 3, 4, 8, 128, 256, 512])
 def test_few_pairs_are_taken_as_they_come(experts: int) -> None:
     direct = [pairs for pairs in range(1, 2 * experts) if is_direct(pairs, experts)]

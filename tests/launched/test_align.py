@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant_moelora.core.routing import Routing
+from quant_moelora.core.routing import Plan, Routing
+from quant_moelora.core.workspace import Workspace
 from quant_moelora.kernels.align import reference
 from quant_moelora.kernels.align.launch import align, num_tiles
 from tests.builders import move, routing
@@ -36,9 +37,15 @@ def check_tiles(tiles: Tensor, offsets: list[int], height: int) -> None:
     assert len(set(tile_of.values())) == sum(used)
 
 
-def check(case: Routing, experts: int, height: int) -> None:
-    plan, tiles = align(move(case, DEVICE), experts, height)
-    rows, inverse, offsets, _ = slow_align(case, experts)
+def launched(case: Routing, experts: int, height: int, workspace: Workspace | None = None) -> tuple[Plan, Tensor]:
+    """`align` on the device, in a workspace of its own if none is given."""
+    return align(move(case, DEVICE), experts, height, workspace or Workspace(DEVICE))
+
+
+def check(case: Routing, experts: int, height: int, workspace: Workspace | None = None) -> None:
+    """Against the slow statement. Outputs are poisoned by `conftest`."""
+    plan, tiles = launched(case, experts, height, workspace)
+    rows, inverse, offsets, segments = slow_align(case, experts)
     for tensor in (plan.rows, plan.inverse, plan.expert_offsets, tiles):
         assert tensor.dtype == torch.int32 and tensor.device.type == DEVICE.type
     assert plan.rows.tolist() == rows
@@ -46,10 +53,30 @@ def check(case: Routing, experts: int, height: int) -> None:
     assert plan.expert_offsets.tolist() == offsets
     assert tiles.shape == (num_tiles(case.num_pairs, experts, height), 4)
     check_tiles(tiles, offsets, height)
-    if case.slots is not None:
-        segments = reference.align(case, experts).segments
-        assert segments is not None and plan.segments is not None
-        assert torch.equal(plan.segments.cpu(), segments)
+    if case.slots is None:
+        assert plan.segments is None
+        return
+    assert plan.segments is not None
+    unused = [(-1, -1, offsets[-1])] * (case.num_pairs + 1 - len(segments))
+    assert [tuple(row) for row in plan.segments.tolist()] == segments + unused
+
+
+def check_large(case: Routing, experts: int, height: int, workspace: Workspace | None = None) -> None:
+    """Against torch's sort, which is fast enough for many pairs."""
+    check_plan(*launched(case, experts, height, workspace), case, experts, height)
+
+
+def check_plan(plan: Plan, tiles: Tensor, case: Routing, experts: int, height: int) -> None:
+    """What was made of ``case``, against torch's sort."""
+    want = reference.align(case, experts)
+    for name in ("rows", "inverse", "expert_offsets", *(() if case.slots is None else ("segments",))):
+        assert torch.equal(getattr(plan, name).cpu(), getattr(want, name)), name
+    check_tiles(tiles, want.expert_offsets.tolist(), height)
+
+
+def random_slots(tokens: int, slots: int) -> Tensor:
+    """Slots from that of the base model on."""
+    return torch.randint(-1, slots - 1, (tokens,), dtype=torch.int32)
 
 
 @HEIGHT
@@ -62,13 +89,23 @@ def test_against_the_slow_statement(tokens: int, top_k: int, experts: int, lora:
     check(routing(tokens, top_k, experts, slots=mixed_slots(tokens) if lora else None), experts, height)
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
+@pytest.mark.parametrize("experts", [1, 7, 31, 33, 64, 65, 512])
+def test_numbers_of_experts(experts: int, lora: bool) -> None:
+    """Too many pairs to be compared each with each; interpreted, a program takes 10 ms."""
+    if INTERPRETED and experts > 100:
+        pytest.skip("on a GPU")
+    check(routing(35, 2, experts, slots=mixed_slots(35) if lora else None), experts, 16)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("experts", [1, 2, 3, 6, 7, 14, 15, 126])
-def test_ids_at_and_beyond_both_ends(experts: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("experts", [1, 2, 3, 7, 8, 15, 16])
+@pytest.mark.parametrize("times", [2, 10], ids=["few", "many"])
+def test_ids_at_and_beyond_both_ends(times: int, experts: int, dtype: torch.dtype) -> None:
     """Also such that would be an expert's if only their low bits were looked at; powers of two and their neighbours."""
     limits = torch.iinfo(dtype)
     wrapping = [2**32, 2**32 + 1, -(2**32)] if dtype == torch.int64 else []
-    ids = [0, experts - 1, experts, experts + 1, -1, -2, limits.min, limits.max, *wrapping] * 2
+    ids = [0, experts - 1, experts, experts + 1, -1, -2, limits.min, limits.max, *wrapping] * times
     case = Routing(torch.tensor(ids, dtype=dtype).view(-1, 2), torch.ones(len(ids) // 2, 2))
     check(case, experts, 16)
     slots = torch.arange(len(ids) // 2, dtype=torch.int32) % 3 - 1
@@ -87,36 +124,65 @@ def test_nobody_has_an_expert() -> None:
     check(Routing(torch.full((9, 2), -1), torch.ones(9, 2)), 4, 16)
 
 
-def test_more_pairs_than_a_program_takes_at_once() -> None:
+@pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
+def test_more_pairs_than_a_program_takes_at_once(lora: bool) -> None:
     """Blocks of 4096 pairs; the last one is short."""
-    check(routing(700, 6 if INTERPRETED else 25, 3), 3, 128)
+    tokens = 700 if INTERPRETED else 25_000
+    check_large(routing(tokens, 6, 3, slots=mixed_slots(tokens) if lora else None), 3, 128)
+
+
+@pytest.mark.parametrize("pairs", [60, 65, 300 if INTERPRETED else 20_000])
+@pytest.mark.parametrize("slots", [1, 2, 40, 5000])
+def test_one_expert_has_all_pairs(slots: int, pairs: int) -> None:
+    """More than a program sorts at once; slots of no, one and several digits; and as many without an expert."""
+    given = random_slots(pairs, slots)
+    ids = torch.full((pairs, 1), 2)
+    check_large(Routing(ids, torch.ones(pairs, 1), given), 4, 16)
+    ids[torch.rand(pairs) < 0.5] = 9
+    check_large(Routing(ids, torch.ones(pairs, 1), given), 4, 16)
+
+
+@pytest.mark.parametrize("tokens", [20, 60])
+def test_slots_are_values_and_never_an_index(tokens: int) -> None:
+    """Any int32, in the order of the numbers; also such that differ in their highest digit only."""
+    limits = torch.iinfo(torch.int32)
+    values = torch.tensor([limits.min, limits.min + 1, -(2**28), -2, -1, 0, 2**28, limits.max], dtype=torch.int32)
+    slots = values[torch.randint(0, len(values), (tokens,))]
+    check(routing(tokens, 2, 3, slots=slots), 3, 16)
+
+
+# Keys are experts times slots, the base model's among them. Interpreted, with few experts.
+@pytest.mark.parametrize("tokens", [8, 40] if INTERPRETED else [8, 40, 2000, 16_384])
+@pytest.mark.parametrize("keys", [1023, 1024, 8191, 8192, 32_768, 131_072])
+@pytest.mark.parametrize("most", [16] if INTERPRETED else [16, 512])
+def test_many_keys(most: int, keys: int, tokens: int) -> None:
+    experts = max(divisor for divisor in range(1, most + 1) if keys % divisor == 0)
+    given = random_slots(tokens, keys // experts)
+    check_large(routing(tokens, 8 if tokens > 40 else 2, experts, slots=given), experts, 16)
+
+
+def test_programs_tell_the_launch_before_apart() -> None:
+    """Launch after launch with the same words, with many tiles and segments and then with few, some without any."""
+    workspace = Workspace(DEVICE)
+    for tokens, lora in ((90, True), (36, True), (90, False), (20, True), (36, False), (90, True), (90, True)):
+        slots = random_slots(tokens, 31) if lora else None
+        check(routing(tokens, 2, 5, slots=slots), 5, 16, workspace)
+        check(Routing(torch.full((tokens, 2), 4), torch.ones(tokens, 2), slots), 5, 16, workspace)
+
+
+def test_layers_of_different_sizes_may_share_a_workspace() -> None:
+    workspace = Workspace(DEVICE)
+    for experts in (5, 3, 5, 8, 3):
+        check(routing(40, 2, experts, slots=mixed_slots(40)), experts, 16, workspace)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
 def test_no_tokens(lora: bool) -> None:
     empty = torch.zeros(0, dtype=torch.int32) if lora else None
-    plan, tiles = align(move(Routing(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2), empty), DEVICE), 3, 16)
+    plan, tiles = launched(Routing(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2), empty), 3, 16)
     assert plan.rows.shape == plan.inverse.shape == (0,) and tiles.shape == (0, 4)
     assert plan.expert_offsets.tolist() == [0, 0, 0, 0]
 
 
 def test_strided_ids() -> None:
-    ids = torch.randint(0, 4, (2, 11)).to(DEVICE).T
-    plan, _ = align(Routing(ids, torch.ones(11, 2, device=DEVICE)), 4, 16)
-    assert plan.rows.tolist() == slow_align(Routing(ids.cpu(), torch.ones(11, 2)), 4)[0]
-
-
-# Keys are experts times slots.
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("experts", "slots"),
-    [(341, 3), (512, 2), (1, 8191), (256, 32), (512, 64), (512, 256), (1023, 1), (1024, 1), (1023, 0), (1024, 0)],
-)
-def test_many_keys(experts: int, slots: int) -> None:
-    given = torch.randint(-1, slots, (2000,), dtype=torch.int32) if slots else None
-    case = routing(2000, 8, experts, slots=given)
-    plan, tiles = align(move(case, DEVICE), experts, 16)
-    want = reference.align(case, experts)
-    for name in ("rows", "inverse", "expert_offsets"):
-        assert torch.equal(getattr(plan, name).cpu(), getattr(want, name)), name
-    check_tiles(tiles, want.expert_offsets.tolist(), 16)
+    check(Routing(torch.randint(0, 4, (2, 11)).T, torch.ones(11, 2)), 4, 16)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.routing import Routing
+from quant_moelora.core.workspace import Workspace
 from quant_moelora.kernels.align.launch import align
+from quant_moelora.kernels.grouped_gemm import launch
 from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
 from quant_moelora.kernels.grouped_gemm.spec import Tile
 from tests import builders
@@ -59,7 +61,7 @@ def run(
     """Launch into a poisoned output with ``columns``, by default all that are stored."""
     weight, columns = built.weight, columns or built.weight.rows
     top_k = case.top_k if mode in ("gather", "direct tokens") else None
-    plan, tiles = align(move(case, DEVICE), EXPERTS, tile.bm)
+    plan, tiles = align(move(case, DEVICE), EXPERTS, tile.bm, Workspace(DEVICE))
     rows: Tensor | None = plan.rows
     pairs = plan.rows.tolist()
     if mode in ("direct tokens", "direct pairs"):
@@ -214,6 +216,20 @@ def test_every_height(counts: tuple[int, ...], bm: int, mixed: bool, mode: Mode,
 
 
 @EACH_DTYPE
+@pytest.mark.parametrize("bn", [64, 128])
+@pytest.mark.parametrize("counts", [(17, 32, 33), (48, 49, 64)], ids=str)
+def test_heights_in_two_products(
+    counts: tuple[int, ...], bn: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU whose matrix instructions read x from registers gets it."""
+    monkeypatch.setattr(launch, "capability", lambda _: (8, 0))
+    built = packed(scheme(4, 64, symmetric=False), experts=EXPERTS, n=128, k=72)
+    case = with_counts(*counts)
+    x = inputs(case, "gather", 72, dtype)
+    check(built, x, case, "gather", run(built, x, case, "gather", Tile(64, bn, 64, mixed=True, group_m=2)))
+
+
+@EACH_DTYPE
 @pytest.mark.parametrize("group_m", [1, 2, 4])
 def test_every_tile_is_swept_once(group_m: int, dtype: torch.dtype) -> None:
     """Row tiles that are no multiple of the group, and several column tiles."""
@@ -266,7 +282,7 @@ def test_rows_more_than_2_to_the_31_apart(dtype: torch.dtype) -> None:
     x = memory.as_strided((3, 64), (2**30, 1))
     x.copy_(torch.randn(3, 64))
     case = routing(3, 2, EXPERTS, holes=False)
-    plan, tiles = align(move(case, DEVICE), EXPERTS, 16)
+    plan, tiles = align(move(case, DEVICE), EXPERTS, 16, Workspace(DEVICE))
     out, weight = poison(6, 64, dtype=dtype), built.weight.to(DEVICE)
     grouped_gemm(x, weight, prepared(weight, dtype), tiles, plan.rows, 2, out, LOWEST)
     check(built, x.cpu(), case, "gather", Product(out.cpu(), plan.rows.tolist()))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
-from quant_moelora.kernels.common.launch import overlaps
+from quant_moelora.kernels.common.launch import options, overlaps
 
 _BLOCK = 1024  # columns of a program, at most
 
@@ -51,6 +51,6 @@ def activate(
         PARTS=gate_up.shape[0] if gate_up.ndim == 3 else 1,
         BLOCK=block,
         OVERLAP=overlap,
-        launch_pdl=overlap,
+        **options(overlap),
     )
     return out

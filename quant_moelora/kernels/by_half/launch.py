@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quant_moelora.core.routing import Plan, Routing
 from quant_moelora.core.weights import PackedWeight
-from quant_moelora.kernels.common.launch import overlaps
+from quant_moelora.kernels.common.launch import options, overlaps
 
 _BLOCK = 1024  # columns of a program, at most
 
@@ -47,6 +47,6 @@ def by_half(
         HALVES=weight.halves,
         BLOCK=block,
         OVERLAP=overlap,
-        launch_pdl=overlap,
+        **options(overlap),
     )
     return out

@@ -11,7 +11,16 @@ _OVERLAPPING = (9, 0)  # compute capability with programmatic dependent launch
 
 def overlaps(device: torch.device) -> bool:
     """Whether a kernel may be launched while the one before still runs."""
-    return device.type == "cuda" and capability(device) >= _OVERLAPPING
+    return _on_gpu(device) and capability(device) >= _OVERLAPPING
+
+
+def options(overlap: bool) -> dict[str, bool]:
+    """What every launch says to the compiler.
+
+    A product and a sum become one FMA wherever ptxas finds them, which Triton did without a word up to 3.9 and stops in
+    3.10: said here, results are the same under all. The dequantisation's FMAs are instructions of their own.
+    """
+    return {"launch_pdl": overlap, "enable_fp_fusion": True}
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -19,7 +28,17 @@ def capability(device: torch.device) -> tuple[int, int]:
 
     That has the largest tiles, but not the specialised GEMM of (9, 0), for which there is no interpreter.
     """
-    return _capability(device.index or 0) if device.type == "cuda" else (10, 0)
+    return _capability(device.index or 0) if _on_gpu(device) else (10, 0)
+
+
+def gpu_name(device: torch.device) -> str:
+    """Name of the GPU, by which tables of tiles are found; the device's type where there is none."""
+    return _gpu_name(device.index or 0) if _on_gpu(device) else device.type
+
+
+def _on_gpu(device: torch.device) -> bool:
+    """Whether it is a GPU, or stands for the first one: what has no data is compiled for that, ahead of its use."""
+    return device.type == "cuda" or (device.type == "meta" and torch.cuda.is_available())
 
 
 @functools.cache
@@ -35,3 +54,8 @@ def multiprocessors(device: torch.device) -> int:
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def _gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)

@@ -162,6 +162,21 @@ def _by_word(pairs, NT: tl.constexpr, KG: tl.constexpr, HQ: tl.constexpr, HR: tl
 
 
 @triton.jit
+def _first(a, b):
+    return a
+
+
+@triton.jit
+def _opaque(f):
+    """f, by a reduction of one element, which costs nothing and through which Triton does not look.
+
+    Where x comes from registers, Triton 3.6 and 3.7 make four columns, and not two, neighbours in a lane if they see a
+    join before the product (``computeOrigBitWidth``), and then move all weights between lanes. See benchmarks/NOTES.md.
+    """
+    return tl.reduce(f.reshape(f.shape[0], f.shape[1], 1), 2, _first)
+
+
+@triton.jit
 def dequantize(q, scales, zeros, NT: tl.constexpr, KT: tl.constexpr, SPEC: tl.constexpr):
     """Words [NT, KT * 128 * BITS] of NT x KT tiles to weights [64 * NT, 64 * KT].
 
@@ -185,4 +200,5 @@ def dequantize(q, scales, zeros, NT: tl.constexpr, KT: tl.constexpr, SPEC: tl.co
         f = f.reshape(NT, KT, 4, 8, 4, 4, 2, 2, 2).permute(0, 2, 7, 3, 1, 5, 6, 4, 8)
     else:
         f = f.reshape(NT, KT, 2, 4, 8, 4, 2, 2, 2, 2).permute(0, 3, 8, 4, 1, 2, 6, 7, 5, 9)
-    return f.reshape(NT * 64, KT * 64)
+    f = f.reshape(NT * 64, KT * 64)
+    return _opaque(f) if SPEC.mma_sync else f

@@ -88,18 +88,23 @@ def prepare(weight: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
     how = recipe(dtype, weight.scheme.bits, weight.scheme.symmetric)
     group = regrouped(weight)
     stored = packing.unpack_pairs(weight.scales, weight.scheme.scale_dtype).to(torch.float32)  # (E, rows, groups)
-    cast = stored.to(dtype).to(torch.float32)
-    if bool((cast.isinf() & stored.isfinite()).any()):
+    cast = stored if weight.scheme.scale_dtype == dtype else stored.to(dtype).to(torch.float32)
+    least, most = cast.flatten(1).aminmax(dim=1)
+    largest = torch.maximum(-least, most)  # (E,), not finite if any scale is not
+    if not bool(largest.isfinite().all()) and bool((cast.isinf() & stored.isfinite()).any()):
         raise UnsupportedError(
             "scales",
             got=f"up to {float(stored.abs().max())}",
             rule=f"at most {torch.finfo(dtype).max}, the largest {str(dtype).removeprefix('torch.')}",
             remedy="compute in bfloat16",
         )
-    exponent = torch.frexp(cast.abs().amax(dim=(1, 2)))[1] - how.bound  # the largest is below 2**(exponent + bound)
-    excess = exponent.clamp(min=0).to(torch.float64)
-    factor = torch.exp2(-excess)[:, None, None] * _by_row(cast.shape[1], how.scale, cast.device)  # beyond float32
-    scaled = (cast.to(torch.float64) * factor).to(torch.float32)
+    # The largest is below 2**(excess + bound).
+    excess = (torch.frexp(largest)[1] - how.bound).clamp(min=0).to(torch.float64)
+    power = torch.frexp(_by_row(cast.shape[1], how.scale, cast.device))[1] - 1 - excess[:, None, None]
+    # In two steps, since 2**133 is beyond float32. Both are exact, and so is what stands between them: it is no larger
+    # than the larger of the two ends, and no smaller than the smaller one.
+    first, second = (torch.exp2(p).to(torch.float32) for p in ((power / 2).floor(), power - (power / 2).floor()))
+    scaled = (cast * first).mul_(second)
     repeat = weight.group // group
     zeros: Tensor | int = 0
     if weight.zeros is not None:
@@ -125,12 +130,13 @@ def _by_row(rows: int, factors: tuple[float, float], device: torch.device) -> Te
 
 
 def _pairs(values: Tensor, repeat: int, dtype: torch.dtype) -> Tensor:  # values (E, rows, groups) float32
-    return packing.pack_pairs(values.to(dtype).repeat_interleave(repeat, dim=-1))
+    held = values.to(dtype)
+    return packing.pack_pairs(held if repeat == 1 else held.repeat_interleave(repeat, dim=-1))
 
 
 def _loss(stored: Tensor, cast: Tensor, source: torch.dtype, dtype: torch.dtype) -> str | None:
     """The loss of a cast of scales, both float32 [E, rows, groups], in words."""
-    if source == dtype or bool((stored == cast).all()):
+    if source == dtype or torch.equal(stored, cast):
         return None
     worst = float(((cast - stored).abs() / stored.abs().clamp(min=torch.finfo(torch.float32).tiny)).max())
     names = [str(d).removeprefix("torch.") for d in (source, dtype)]

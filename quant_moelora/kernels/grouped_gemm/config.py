@@ -1,16 +1,90 @@
-"""Tiles of the grouped GEMM: a pure function of logical dimensions."""
+"""Tiles of the grouped GEMMs: a pure function of logical dimensions, the GPU and what was measured there."""
 
 from __future__ import annotations
 
-from quant_moelora.kernels.grouped_gemm.spec import Tile
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from quant_moelora.kernels.grouped_gemm.layer import LayerShape, LayerTiles
+from quant_moelora.kernels.grouped_gemm.spec import Tile, uses_mma_sync
 from quant_moelora.kernels.grouped_gemm.specialized.config import serves, specialized_tile
 
-# Programs below which a launch leaves the memory idle: four on each of an H200's 132 multiprocessors.
+# Programs below which a launch leaves the memory idle: four on each of an H200's 132 multiprocessors. Where experts
+# hardly repeat, half of them will do, since fewer parts are read sooner by what follows.
 _FULL = 528
 # Rows of an expert above which the specialised kernel is the faster one, and up to which three consumers by 192 rows
 # are faster than four by 128, which read the weight once more.
 _MANY, _MOST_OF_192 = 96, 192
-_LEAST_STEPS = 3  # of a program, below which a split costs more than it brings
+_LEAST_STEPS = 4  # of a program, below which a split costs more than it brings
+_SPLIT_STEPS = 8  # of a program, from which on a split costs less than narrow tiles do
+_FEW = 1.5  # pairs of an expert, up to which experts hardly repeat
+_NEAR = 2.0  # factor between numbers of pairs, up to which what was measured with one serves the other
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """What was measured on one GPU: tiles of layers, by number of pairs. Compared by identity, so that it hashes fast.
+
+    Attributes:
+        layers: of each layer, by number of pairs; `LayerTiles.direct` of these does not count.
+    """
+
+    layers: Mapping[LayerShape, Mapping[int, LayerTiles]] = field(default_factory=dict)
+
+
+NOTHING_TUNED = Tuned()
+
+
+@functools.lru_cache(maxsize=1 << 14)  # a forward asks, and has no time for the formula
+def choose_tiles(
+    shape: LayerShape, num_pairs: int, capability: tuple[int, int], tuned: Tuned = NOTHING_TUNED
+) -> LayerTiles:
+    """Tiles of a layer's forward with P pairs: what was measured with about as many, otherwise the formula's.
+
+    Where the formula's own tiles were the best, the formula goes on deciding around that number of pairs too. Whether
+    pairs are sorted is always the formula's to say.
+
+    Args:
+        shape: the layer.
+        num_pairs: P, at least 1.
+        capability: compute capability of the GPU.
+        tuned: what was measured on this GPU.
+    """
+    computed = formula(shape, num_pairs, capability)
+    measured = tuned.layers.get(shape)
+    if not measured:
+        return computed
+    near = min(measured, key=lambda pairs: (_apart(pairs, num_pairs), pairs))
+    if _apart(near, num_pairs) > _NEAR:
+        return computed
+    own = formula(shape, near, capability)
+    found = replace(measured[near], direct=own.direct)
+    return computed if found == own else replace(found, direct=computed.direct)
+
+
+def _apart(pairs: int, other: int) -> float:
+    """Factor between two numbers of pairs."""
+    return max(pairs, other) / min(pairs, other)
+
+
+def formula(shape: LayerShape, num_pairs: int, capability: tuple[int, int]) -> LayerTiles:
+    """Tiles of a layer that nobody measured."""
+
+    def tile(rows: int, columns: int, bits: int, *, fused: bool = False, apart: bool = False) -> Tile:
+        return choose_tile(
+            num_pairs, shape.num_experts, rows, columns, bits, capability, fused=fused, halves_apart=apart
+        )
+
+    w13, w2 = shape.w13, shape.w2
+    plain = tile(w13.rows, w13.columns, w13.bits, apart=shape.halves_apart)
+    fuses = shape.fuses and plain.split == 1
+    return LayerTiles(
+        direct=is_direct(num_pairs, shape.num_experts),
+        w13=plain,
+        w13_fused=tile(w13.rows, w13.columns, w13.bits, fused=True) if fuses else None,
+        w2=tile(w2.rows, w2.columns, w2.bits),
+    )
 
 
 def expected_rows(num_pairs: int, num_experts: int) -> float:
@@ -33,7 +107,7 @@ def _is_large(capability: tuple[int, int]) -> bool:
     Others need registers for x as well, so that int4 tiles of 128 rows spill, and sm_86, sm_89 and sm_120 have 99 KB of
     shared memory for a block, where these take 113.
     """
-    return capability[0] in {9, 10}
+    return not uses_mma_sync(capability)
 
 
 def tile_rows(num_pairs: int, num_experts: int, capability: tuple[int, int]) -> int:
@@ -70,21 +144,31 @@ def choose_tile(
         halves_apart: whether a tile has to lie in one of the two halves of n rows.
     """
     bm, rows = tile_rows(num_pairs, num_experts, capability), expected_rows(num_pairs, num_experts)
-    rows_of_tiles = n // 2 if halves_apart else n
-    narrow = not fused and (rows_of_tiles % 128 != 0 or rows <= 1.5)
-    bn, bk = 64 if narrow else 128, 128 if k % 128 == 0 else 64
     if rows > _MANY and serves(capability, halves_apart=halves_apart):
         return specialized_tile(bm)
     if bm == 192:  # a narrow tile, so that the sums of 128 and of 64 rows fit into registers
         return Tile(bm, 64, 64, stages=4, mixed=True, group_m=2)
+    rows_of_tiles, bk = n // 2 if halves_apart else n, 128 if k % 128 == 0 else 64
+    programs, steps, few = _active(num_pairs, num_experts) * (n // 128), k // bk, rows <= _FEW
+    narrow = not fused and (
+        rows_of_tiles % 128 != 0 or (few and programs * _split(programs, steps, _SPLIT_STEPS, _FULL // 2) < _FULL // 2)
+    )
+    bn = 64 if narrow else 128
     if bm == 64:
         wide = _is_large(capability) and n % 512 == 0 and not halves_apart  # each row of x is read half as often
         return Tile(bm, 256 if wide else bn, 64, stages=4, mixed=True, group_m=2)
     if bm == 128:
         bk = 64 if bits == 8 else bk  # so that two programs fit a multiprocessor's shared memory
         return Tile(bm, bn, bk, stages=3 if bk == 128 else 4, mixed=True, group_m=2)
-    split, programs, steps = 1, _active(num_pairs, num_experts) * (n // bn), k // bk
+    split = 1
     if bm == 16 and not fused:
-        while programs * split < _FULL and steps % (2 * split) == 0 and steps // (2 * split) >= _LEAST_STEPS:
-            split *= 2
+        split = _split(programs * 128 // bn, steps, _LEAST_STEPS, _FULL // 2 if few and not narrow else _FULL)
     return Tile(bm, bn, bk, stages=4, split=split, registers=128 if bm == 16 else None)
+
+
+def _split(programs: float, steps: int, least: int, enough: int) -> int:
+    """Least power of two of parts with which there are enough programs; each part has at least some steps."""
+    split = 1
+    while programs * split < enough and steps % (2 * split) == 0 and steps // (2 * split) >= least:
+        split *= 2
+    return split

@@ -126,11 +126,12 @@ def _multiply(problem, expert, begin, count, pn, BM: tl.constexpr, BM2: tl.const
     w += first * (KT * WORDS)
     x += first * BK
     for step in tl.range(0, STEPS, num_stages=TILE.stages):
-        q = tl.load(w + w_offsets, eviction_policy="evict_first")
         xt = _tile_of_x(x, x_offsets, held, column, first + step, SPEC, BM)
         group = (first + step) * BK // SPEC.group * 32
         sc = tl.load(scales + s_base + s_offsets + group)
         zc = tl.load(zeros + s_base + s_offsets + group) if SPEC.zeros else zeros
+        # The last load: from the last one on, Triton spreads a layout to what the loads meet in (see `_opaque`).
+        q = tl.load(w + w_offsets, eviction_policy="evict_first")
         f = dequantize(q, sc, zc, NT, KT, SPEC)
         acc = tl.dot(f, xt.T, acc)
         if BM2 > 0:
@@ -144,6 +145,15 @@ def _multiply(problem, expert, begin, count, pn, BM: tl.constexpr, BM2: tl.const
     _finish(acc, finish, expert, begin, row, held, pn, nt, BM, SPEC)
     if BM2 > 0:
         _finish(acc2, finish, expert, begin, row2, held2, pn, nt, BM2, SPEC)
+
+
+@triton.jit
+def _whole(problem, expert, begin, count, pn, BM: tl.constexpr, SPEC: tl.constexpr):
+    """`_multiply` with BM rows, of mma.sync in two products where its warps would share the rows of the weight."""
+    if SPEC.mma_sync and 4 * BM > SPEC.tile.bn:
+        _multiply(problem, expert, begin, count, pn, BM // 2, BM // 2, SPEC)
+    else:
+        _multiply(problem, expert, begin, count, pn, BM, 0, SPEC)
 
 
 @triton.jit
@@ -167,14 +177,14 @@ def _fitting(problem, expert, begin, count, pn, BM: tl.constexpr, SPEC: tl.const
         elif count <= HALF + QUARTER:
             _multiply(problem, expert, begin, count, pn, HALF, QUARTER, SPEC)
         else:
-            _multiply(problem, expert, begin, count, pn, BM, 0, SPEC)
+            _whole(problem, expert, begin, count, pn, BM, SPEC)
     elif QUARTER > 0:
         if count <= HALF + QUARTER:
             _multiply(problem, expert, begin, count, pn, HALF, QUARTER, SPEC)
         else:
-            _multiply(problem, expert, begin, count, pn, BM, 0, SPEC)
+            _whole(problem, expert, begin, count, pn, BM, SPEC)
     else:
-        _multiply(problem, expert, begin, count, pn, BM, 0, SPEC)
+        _whole(problem, expert, begin, count, pn, BM, SPEC)
 
 
 @triton.jit

@@ -9,14 +9,12 @@ from torch import Tensor
 
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.weights import PackedWeight
-from quant_moelora.kernels.common.launch import multiprocessors, overlaps
+from quant_moelora.kernels.common.launch import capability, multiprocessors, options, overlaps
 from quant_moelora.kernels.dequant.prepare import PreparedWeight
-from quant_moelora.kernels.grouped_gemm.spec import GemmSpec, Tile
+from quant_moelora.kernels.grouped_gemm.spec import GemmSpec, Tile, uses_mma_sync
 from quant_moelora.kernels.grouped_gemm.specialized.config import aligned
 
 _INT32_MAX = 2**31 - 1
-# Tiles with which a launch during the kernel before pays; with 32 rows 10 % was lost (benchmarks/NOTES.md).
-_OVERLAPPING_ROWS = 16
 
 
 def grouped_gemm(
@@ -73,9 +71,9 @@ def grouped_gemm(
         weight.num_experts,
         top_k or 1,
         SPEC=spec,
-        launch_pdl=spec.overlap,
         num_warps=tile.warps,
         maxnreg=tile.registers,
+        **options(spec.overlap),
     )
     return out
 
@@ -127,6 +125,7 @@ def _spec(
         alpha=0.0 if activation is None else activation.alpha or 0.0,
         limit=0.0 if activation is None else activation.limit or 0.0,
         wide=x.shape[-2] * x.stride(-2) > _INT32_MAX,
-        overlap=tile.bm == _OVERLAPPING_ROWS and overlaps(x.device),
+        mma_sync=uses_mma_sync(capability(x.device)),
+        overlap=tile.overlaps and overlaps(x.device),
         plain=plain,
     )

@@ -35,6 +35,16 @@ class Tile:
     group_m: int = 1
     consumers: int = 0
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a launch during the kernel before pays: with 32 rows 10 % was lost (benchmarks/NOTES.md)."""
+        return self.bm == 16
+
+
+def uses_mma_sync(capability: tuple[int, int]) -> bool:
+    """Whether Triton multiplies by mma.sync, from registers: on all but sm_90 (wgmma) and sm_100 (tcgen05)."""
+    return capability[0] not in {9, 10}
+
 
 @dataclass(frozen=True)
 class GemmSpec:
@@ -61,6 +71,7 @@ class GemmSpec:
         alpha: of the activation, if it has one.
         limit: of the activation, if it has one.
         wide: whether offsets into x need 64 bits.
+        mma_sync: whether matrix instructions read x from registers; see `uses_mma_sync`.
         overlap: whether the kernel may be launched while the one before still runs.
         plain: whether codes are converted by plain arithmetic, for the interpreter, which knows no inline assembly.
     """
@@ -85,5 +96,6 @@ class GemmSpec:
     alpha: float
     limit: float
     wide: bool
+    mma_sync: bool
     overlap: bool
     plain: bool

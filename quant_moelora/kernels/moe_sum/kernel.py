@@ -36,8 +36,12 @@ def moe_sum_kernel(
         pair = token * TOP_K + slot
         expert = tl.load(ids + pair)
         held = (expert >= 0) & (expert < num_experts)
-        row = pair if inverse is None else tl.load(inverse + pair).to(tl.int64)
-        value = summed(y + row * hidden + column, part_stride, real & held, PARTS, out.dtype.element_ty)
+        if inverse is None:  # every pair has a row: loads need not wait for the id
+            value = summed(y + pair * hidden + column, part_stride, real, PARTS, out.dtype.element_ty)
+            value = tl.where(held, value, 0.0)
+        else:
+            row = tl.load(inverse + pair).to(tl.int64)
+            value = summed(y + row * hidden + column, part_stride, real & held, PARTS, out.dtype.element_ty)
         if WEIGHTED:
             value *= tl.load(weights + pair, mask=held, other=0.0)
         total += value

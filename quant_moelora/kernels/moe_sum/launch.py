@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
-from quant_moelora.kernels.common.launch import overlaps
+from quant_moelora.kernels.common.launch import options, overlaps
 
 _BLOCK = 1024  # columns of a program, at most
 _PROGRAMS = 264  # below which columns are divided further: two for each of an H200's multiprocessors
@@ -51,7 +51,7 @@ def moe_sum(
         PARTS=y.shape[0] if y.ndim == 3 else 1,
         BLOCK=block,
         OVERLAP=overlap,
-        launch_pdl=overlap,
+        **options(overlap),
         num_warps=4 if block >= 512 else 1,
     )
     return out

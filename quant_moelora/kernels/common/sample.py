@@ -1,0 +1,114 @@
+"""Random layers and routings to measure with, and how often weights have to change to come from memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core import packing
+from quant_moelora.core.activations import Activation
+from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.core.scheme import QuantScheme, num_groups
+from quant_moelora.core.weights import PackedWeight
+from quant_moelora.kernels.dequant.prepare import PreparedWeight, prepare
+
+T = TypeVar("T")
+_TIMES_CACHE = 8  # what is read before a weight comes again
+
+
+def blank_weight(num_experts: int, halves: int, n: int, k: int, n_pad: int, scheme: QuantScheme) -> PackedWeight:
+    """A packed weight on the meta device."""
+    k_pad = packing.padded_columns(k, scheme.group_size)
+    groups = num_groups(k_pad, scheme.group_size)
+    pairs = torch.empty(packing.pairs_shape(num_experts, halves * n_pad, groups), dtype=torch.int32, device="meta")
+    codes = packing.qweight_shape(num_experts, halves * n_pad, k_pad, scheme.bits)
+    return PackedWeight(
+        num_experts=num_experts,
+        halves=halves,
+        n=n,
+        n_pad=n_pad,
+        k=k,
+        k_pad=k_pad,
+        bias=None,
+        scheme=scheme,
+        qweight=torch.empty(codes, dtype=torch.int32, device="meta"),
+        scales=pairs,
+        zeros=None if scheme.symmetric else pairs,
+        k_perm=None,
+    )
+
+
+def blank_info(num_experts: int, hidden: int, inter: int, scheme: QuantScheme) -> MoEQuantInfo:
+    """A gated layer with silu on the meta device."""
+    inter_pad = packing.padded_columns(inter, scheme.group_size)
+    return MoEQuantInfo(
+        w13=blank_weight(num_experts, 2, inter, hidden, inter_pad, scheme),
+        w2=blank_weight(num_experts, 1, hidden, inter, packing.padded_rows(hidden), scheme),
+        activation=Activation("silu"),
+    )
+
+
+def random_weight(blank: PackedWeight, device: torch.device | str) -> PackedWeight:
+    """The weight with random codes, zero points and scales of both signs, without bias and without a column order.
+
+    The least code does not occur, as with tools that use a symmetric range of codes: some kernels have a form for that.
+    """
+    scheme, bits = blank.scheme, blank.scheme.bits
+    qweight = torch.empty(blank.qweight.shape, dtype=torch.int32, device=device)
+    ones = sum(1 << low for low in range(0, packing.WORD_BITS, bits))
+    for words in qweight.random_(-(2**31), 2**31 - 1).split(8):
+        some = words.clone()
+        for bit in range(1, bits):
+            some |= words >> bit
+        words |= ~some & ones  # codes 0 become 1
+    shape = (blank.num_experts, blank.rows, blank.k_pad // blank.group)
+    scales = (torch.rand(shape, device=device) * 0.028 + 1e-3) * 2.0 ** (4 - bits)
+    signed = torch.where(torch.rand_like(scales) < 0.5, -scales, scales).to(scheme.scale_dtype)
+    zeros = None
+    if blank.zeros is not None:
+        zeros = packing.pack_pairs(torch.randint(0, 2**bits + 1, shape, dtype=torch.int16, device=device))
+    return replace(blank, qweight=qweight, scales=packing.pack_pairs(signed), zeros=zeros, bias=None, k_perm=None)
+
+
+def blank_prepared(weight: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
+    """`prepare` of random values, on the meta device."""
+
+    def all_experts(tensor: Tensor) -> Tensor:  # (1, ..) of any dtype -> (E, ..) without data
+        return torch.empty(weight.num_experts, *tensor.shape[1:], dtype=tensor.dtype, device="meta")
+
+    n_pad, scheme = weight.rows // weight.halves, weight.scheme
+    one = prepare(random_weight(blank_weight(1, weight.halves, weight.n, weight.k, n_pad, scheme), "cpu"), dtype)
+    zeros = all_experts(one.zeros) if isinstance(one.zeros, Tensor) else one.zeros
+    return replace(one, scales=all_experts(one.scales), zeros=zeros)
+
+
+def random_routings(num_experts: int, top_k: int, tokens: int, device: torch.device | str) -> list[Tensor]:
+    """Uniform routings int32 (M, k) without repeats, seeded by their number; more of them where a launch is short."""
+    count = 16 if tokens <= 4 else 8 if tokens <= 256 else 4
+    routings: list[Tensor] = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.rand(tokens, num_experts, generator=generator).topk(top_k).indices
+        routings.append(ids.to(torch.int32).to(device))
+    return routings
+
+
+def active_experts(routings: Sequence[Tensor]) -> float:
+    """Experts that have any token, on average."""
+    return sum(ids.unique().numel() for ids in routings) / len(routings)
+
+
+def copies(bytes_read: float, cache_bytes: int) -> int:
+    """Copies of weights that take turns, if a launch reads so much of one, so that no weight is still in the cache."""
+    return max(1, math.ceil(_TIMES_CACHE * cache_bytes / bytes_read))
+
+
+def launches(routings: Sequence[T], copies: int) -> list[tuple[int, T]]:
+    """Copy and routing of each launch of a graph: all of both, each copy equally often."""
+    count = packing.round_up(len(routings), copies)
+    return [(i % copies, routings[i % len(routings)]) for i in range(count)]
