@@ -74,10 +74,9 @@ def test_a_fused_activation_has_the_bits_of_its_own_kernel(bm: int, bn: int, dty
     h = run(built, x, case, "gather", fused, columns=128, activation=Activation("silu"))
     from quant_moelora.kernels.activation.launch import activate
 
-    info = layer(scheme(4, 64), experts=3, hidden=192, inter=128).info
     out = torch.full_like(h.out, torch.nan).to(DEVICE)
-    rows = torch.tensor(gate_up.pairs, dtype=torch.int32, device=DEVICE)
-    activate(gate_up.out.to(DEVICE), info, move(case, DEVICE), rows, out)
+    rows, ids = torch.tensor(gate_up.pairs, dtype=torch.int32, device=DEVICE), case.topk_ids.to(DEVICE)
+    activate(gate_up.out.to(DEVICE), Activation("silu"), ids, None, rows, out, num_experts=3, inter=128)
     assert same_bits(out, h.out)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from quant_moelora.core.activations import Activation
-from quant_moelora.core.backend import Verdict
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
 from quant_moelora.core.scheme import QuantScheme
 from quant_moelora.core.weights import PackedWeight
-from quant_moelora.experts import base_injection, marlin
-from quant_moelora.kernels.activation.launch import activate
-from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
-from quant_moelora.kernels.moe_sum.launch import moe_sum
+from quant_moelora.experts import marlin_op
+from quant_moelora.kernels.grouped_gemm.choice import LayerTiles, layer_tiles
 from quant_moelora.layer import MoEExperts
 from tests.builders import Layer, adapter, context, expected, layer, routing, same_bits, scheme
 from tests.launched.cases import (
@@ -31,9 +28,9 @@ from tests.launched.cases import (
     INTERPRETED,
     MARKS,
     cast_scales,
+    interpret,
     label,
     pairwise,
-    prepared,
 )
 
 pytestmark = MARKS
@@ -51,20 +48,11 @@ EACH_SIZE = pytest.mark.parametrize("tokens", TOKENS)
 
 @pytest.fixture(autouse=True)
 def _serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No gradients; interpreted, the backend serves the CPU, scales are as stored, and nothing falls back to torch."""
+    """No gradients; see `interpret`."""
     if INTERPRETED:
-        monkeypatch.setattr(marlin.MarlinBackend, "supports", lambda *_, **__: Verdict())
-        monkeypatch.setattr(marlin, "grouped_gemm", functools.partial(grouped_gemm, plain=True))
-        monkeypatch.setattr(marlin, "prepare", prepared)
-        monkeypatch.setattr(base_injection.activation_reference, "activate", with_field(activate, "rows"))
-        monkeypatch.setattr(base_injection.moe_sum_reference, "moe_sum", with_field(moe_sum, "inverse"))
+        interpret(monkeypatch)
     with torch.no_grad():
         yield
-
-
-def with_field(launch: Callable[..., Tensor], field: str) -> Callable[..., Tensor]:
-    """A launch that takes the plan, as the plain torch it stands for does."""
-    return lambda values, info, routing, plan, out: launch(values, info, routing, getattr(plan, field), out)
 
 
 @dataclass(frozen=True)
@@ -201,13 +189,14 @@ def test_a_fused_activation_changes_no_bit(tokens: int, dtype: torch.dtype, monk
     case = make(scheme(4, 64), dtype, bias=True)
     x, routed = case.x(tokens), routing(tokens, 2, EXPERTS)
     out = case.run(x, routed)
-    monkeypatch.setattr(marlin._Forward, "activated", apart)
+    apart = functools.partial(changed_tiles, w13_fused=None)  # a launch of its own, as in a batch with adapters
+    monkeypatch.setattr(marlin_op, "layer_tiles", apart)
     assert unchanged(case.run(x, routed), out)
 
 
-def apart(forward: marlin._Forward, x: Tensor) -> Tensor:
-    """The activation in a launch of its own, as in a batch with adapters."""
-    return activate(forward.gate_up(x), forward.prepared.info, forward.routing, forward.rows, forward.new_h())
+def changed_tiles(*arguments: Any, fuses: bool, **changes: Any) -> LayerTiles:
+    """The layer's own tiles with changes."""
+    return layer_tiles(*arguments, fuses=fuses)._replace(**changes)
 
 
 @EACH_DTYPE
@@ -217,7 +206,7 @@ def test_sorting_few_pairs_changes_no_bit(dtype: torch.dtype, monkeypatch: pytes
         x, routed = case.x(1), routing(1, 2, EXPERTS)
         answers: list[Tensor] = []
         for direct in (False, True):
-            monkeypatch.setattr(marlin, "is_direct", lambda pairs, experts, direct=direct: direct)
+            monkeypatch.setattr(marlin_op, "layer_tiles", functools.partial(changed_tiles, direct=direct))
             answers.append(case.run(x, routed))
         assert unchanged(*answers)
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from quant_moelora.core.quant_info import MoEQuantInfo
-from quant_moelora.core.routing import Routing
 from quant_moelora.kernels.common.launch import overlaps
 
 _BLOCK = 1024  # columns of a program, at most
@@ -16,10 +14,12 @@ _PROGRAMS = 264  # below which columns are divided further: two for each of an H
 
 def moe_sum(
     y: Tensor,  # (P, H) float in sorted order, or (parts, P, H) float32
-    info: MoEQuantInfo,
-    routing: Routing,
+    topk_ids: Tensor,  # (M, k) int32 or int64, contiguous
+    topk_weights: Tensor | None,  # (M, k) float32, contiguous; None for weights of 1
     inverse: Tensor | None,  # (P,) int32, sorted row of each pair; None where rows are pairs
     out: Tensor,  # (M, H) activation dtype
+    *,
+    num_experts: int,
 ) -> Tensor:
     """Sum weight * y over the pairs of a token in float32, in the order of its top-k, and round once.
 
@@ -41,13 +41,13 @@ def moe_sum(
         y,
         y.stride(0) if y.ndim == 3 else 0,
         inverse,
-        routing.topk_ids.contiguous(),
-        routing.topk_weights.contiguous(),
+        topk_ids,
+        topk_weights,
         out,
-        info.num_experts,
+        num_experts,
         hidden,
-        TOP_K=routing.top_k,
-        WEIGHTED=info.router_weight == "output",
+        TOP_K=topk_ids.shape[1],
+        WEIGHTED=topk_weights is not None,
         PARTS=y.shape[0] if y.ndim == 3 else 1,
         BLOCK=block,
         OVERLAP=overlap,
