@@ -70,6 +70,9 @@ class MoEExperts(nn.Module):
     def attach(self, ctx: MoELoRAContext | None) -> None:
         """Serve the adapters of ``ctx`` from now on (None: none). The injection is built here, once.
 
+        Compiled code follows, since it is made anew for another injection. A CUDA graph that was captured by hand
+        around compiled code does not, and is not known here.
+
         Raises:
             AdapterError: the context is of other dimensions or on another device.
             BackendError: a CUDA graph was captured without LoRA and would go on without it.

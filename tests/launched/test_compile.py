@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -142,6 +143,23 @@ def test_attached_adapters_are_served_by_compiled_layers() -> None:
     assert same_bits(compiled(*arguments), base)
 
 
+def test_nothing_inside_an_operator_is_traced() -> None:
+    """Even when the frame that calls it could not be compiled, so that torch tries the functions it calls."""
+    count, arguments = Counting(), (*batch(3), *marlin_layer(make()).arguments())
+
+    @contextlib.contextmanager
+    def broken() -> Generator[None]:
+        yield
+
+    def outside() -> Tensor:
+        with broken():
+            torch._dynamo.graph_break()
+            return marlin_experts(*arguments)
+
+    assert same_bits(torch.compile(outside, backend=count)(), marlin_experts(*arguments))
+    assert not count.graphs
+
+
 def test_errors_are_those_of_eager_mode() -> None:
     experts = make()
     experts.prepare(DTYPE)
@@ -224,7 +242,8 @@ def test_operators_are_what_they_say(tokens: int, lora: bool, act_order: bool, n
     """Their schemas (what is mutated, what aliases) and their fake implementations, also with symbols for sizes."""
     operators, arguments = calls(tokens, lora=lora, act_order=act_order)[name]
     torch.library.opcheck(operators[0], arguments)
-    torch.library.opcheck(operators[1], (*arguments, *results(operators[0](*arguments))))
+    given = [poisoned(tensor) for tensor in results(operators[0](*arguments))]  # so that writing to them shows
+    torch.library.opcheck(operators[1], (*arguments, *given))
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])

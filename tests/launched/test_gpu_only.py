@@ -16,6 +16,7 @@ from torch import Tensor
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.routing import Routing
 from quant_moelora.experts import marlin
+from quant_moelora.experts.marlin_op import marlin_experts_out
 from quant_moelora.kernels.grouped_gemm.spec import Tile
 from quant_moelora.layer import MoEExperts
 from tests.builders import layer, move, packed, routing, same_bits, scheme
@@ -112,6 +113,48 @@ def test_a_cuda_graph_follows_its_inputs(act_order: bool, tokens: int, dtype: to
         assert same_bits(out, eager(*batch))
         answers.append(out.clone())
     assert not any(torch.equal(a, answers[0]) for a in answers[1:])
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch's compiler warns of is not ours
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("act_order", [False, True], ids=["", "act_order"])
+def test_compiled_code_has_the_bits_of_eager_mode(act_order: bool, mode: str) -> None:
+    """With code that torch generates, and with CUDA graphs that it captures, one for each size."""
+    torch.compiler.reset()
+    built = layer(scheme(4, 64), experts=8, hidden=192, inter=128, act_order=act_order, bias=True)
+    experts = MoEExperts(built.info.to(DEVICE), "marlin")
+    experts.prepare(torch.bfloat16)
+
+    def beside(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return x + experts(x * 2, ids, weights)  # something to fuse, before and behind
+
+    compiled = torch.compile(beside, fullgraph=True, mode=mode)
+    for _ in range(3):  # run, captured, replayed
+        for tokens in (17, 3, 64, 1, 200):
+            batch = on_device(tokens, 192, 8, torch.bfloat16)
+            torch.compiler.cudagraph_mark_step_begin()
+            assert same_bits(compiled(*batch), beside(*batch)), tokens
+    torch.compiler.reset()
+
+
+@EACH_DTYPE
+def test_a_captured_twin_writes_where_it_was_told(dtype: torch.dtype) -> None:
+    built = layer(scheme(4, 64), experts=8, hidden=192, inter=128)
+    experts = MoEExperts(built.info.to(DEVICE), "marlin")
+    experts.prepare(dtype)
+    assert isinstance(experts._prepared, marlin.MarlinPrepared)
+    static = on_device(17, 192, 8, dtype)
+    out = torch.full_like(static[0], torch.nan)
+    arguments = (*static, *experts._prepared.layer.arguments(), out)
+    marlin_experts_out(*arguments)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        marlin_experts_out(*arguments)
+    for held, new in zip(static, on_device(17, 192, 8, dtype), strict=True):
+        held.copy_(new)
+    out.fill_(torch.nan)
+    graph.replay()
+    assert same_bits(out, experts(*static))
 
 
 def test_another_device_than_the_current_one() -> None:
