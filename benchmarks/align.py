@@ -15,10 +15,10 @@ import torch
 import triton
 
 from benchmarks.record import provenance, write_rows
-from benchmarks.timing import graph_of, quantile, take_turns
 from quant_moelora.core.routing import Routing
 from quant_moelora.core.workspace import Workspace
 from quant_moelora.kernels.align import launch, reference
+from quant_moelora.kernels.common.timing import graph_of, quantile, take_turns
 from quant_moelora.kernels.grouped_gemm.config import tile_rows
 
 SHAPES = ((128, 8), (8, 2), (256, 8))  # experts, k

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -14,37 +14,33 @@ from torch import Tensor
 from benchmarks.moe_case import CHECKED_TOKENS, DTYPE, SHAPES, Case, random_info, relative_error
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.quant_info import MoEQuantInfo
-from quant_moelora.core.routing import Routing
 from quant_moelora.core.weights import PackedWeight
-from quant_moelora.core.workspace import Workspace
-from quant_moelora.experts import marlin
-from quant_moelora.experts.base_injection import BaseInjection
-from quant_moelora.kernels.common.ahead import compiling_only
+from quant_moelora.experts import marlin_op
 from quant_moelora.kernels.common.sample import blank_prepared
+from quant_moelora.kernels.grouped_gemm import product
+from quant_moelora.kernels.grouped_gemm.choice import TileSource
 from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
+from quant_moelora.kernels.grouped_gemm.layer import LayerShape
 from quant_moelora.kernels.grouped_gemm.spec import Tile
 from quant_moelora.layer import MoEExperts
 
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One call of `grouped_gemm`, to be made again. Its arguments are told apart by what they are."""
+    """One call of `grouped_gemm`, to be made again, and its weight. Arguments are told apart by what they are."""
 
+    weight: PackedWeight
     arguments: tuple[Any, ...]
 
     def __call__(self) -> Tensor:
         """Launch it."""
         return grouped_gemm(*self.arguments)
 
-    def _held(self) -> Iterator[Any]:
-        for argument in self.arguments:
-            yield from argument if isinstance(argument, tuple) else (argument,)
-
     def _first(self, kind: type[Any]) -> Any:
-        return next((value for value in self._held() if isinstance(value, kind)), None)
+        return next((value for value in self.arguments if isinstance(value, kind)), None)
 
     def _tensors(self, *, floats: bool) -> list[Tensor]:
-        return [t for t in self._held() if isinstance(t, Tensor) and t.is_floating_point() == floats]
+        return [t for t in self.arguments if isinstance(t, Tensor) and t.is_floating_point() == floats]
 
     @property
     def detail(self) -> str:
@@ -59,9 +55,9 @@ class Launch:
         if self._first(Activation) is None:
             return self
         x, out = self._tensors(floats=True)
-        whole = torch.empty(out.shape[0], self._first(PackedWeight).rows, dtype=x.dtype, device=x.device)
+        whole = torch.empty(out.shape[0], self.weight.rows, dtype=x.dtype, device=x.device)
         put = {id(out): whole, id(self._first(Activation)): None}
-        return Launch(tuple(put.get(id(argument), argument) for argument in self.arguments))
+        return Launch(self.weight, tuple(put.get(id(argument), argument) for argument in self.arguments))
 
     def error(self, ids: Tensor) -> float:  # ids (M, k)
         """Relative error of what it computes from its x; see `relative_error`."""
@@ -75,21 +71,20 @@ class Launch:
             pairs = next(t for t in integers if t.shape == pairs.shape).to(torch.int64)
         if x.shape[0] != ids.numel():
             x = x[pairs // ids.shape[1]]
-        return relative_error(out, x, ids.flatten()[pairs], self._first(PackedWeight))
+        return relative_error(out, x, ids.flatten()[pairs], self.weight)
 
 
-def record(forward: Callable[[], object]) -> list[Launch]:
+def record(forward: Callable[[], object], info: MoEQuantInfo) -> list[Launch]:
     """The calls of `grouped_gemm` that a forward of the backend makes: w13 and w2."""
-    launches: list[Launch] = []
+    calls: list[tuple[Any, ...]] = []
 
     def take(*arguments: Any) -> Tensor:
-        launches.append(Launch(arguments))
+        calls.append(arguments)
         return grouped_gemm(*arguments)
 
-    with mock.patch.object(marlin, "grouped_gemm", take):
+    with mock.patch.object(product, "grouped_gemm", take):
         forward()
-    assert len(launches) == 2
-    return launches
+    return [Launch(weight, arguments) for weight, arguments in zip(_packed(info), calls, strict=True)]
 
 
 class Ours:
@@ -119,7 +114,7 @@ class Ours:
         calls: list[Callable[[], object]] = []
         error, detail = None, ""
         for forward, (_, ids) in zip(self.layer(case, copies), case.launches(copies), strict=True):
-            launches = record(forward)
+            launches = record(forward, self._info)
             if not calls:
                 detail = "; ".join(f"{name} {call.detail}" for name, call in zip(("w13", "w2"), launches, strict=True))
                 if case.tokens <= CHECKED_TOKENS:
@@ -138,11 +133,15 @@ def compile_ahead(name: str, bits: int, tokens: int) -> None:
     shape = SHAPES[name]
     info = random_info(shape, bits, "meta")
     w13, w2 = (blank_prepared(weight, DTYPE) for weight in _packed(info))
-    whole = marlin.MarlinPrepared(info, DTYPE, {}, None, w13, w2)
+    source = TileSource(LayerShape.of(info, DTYPE).name, "")
+    layer = marlin_op.MarlinLayer(w13, w2, info.activation, weigh_input=False, tiles=source)
     x = torch.empty(tokens, shape.hidden, dtype=DTYPE, device="meta")
     ids = torch.empty(tokens, shape.top_k, dtype=torch.int32, device="meta")
-    routing = Routing(ids, torch.empty(tokens, shape.top_k, device="meta"))
-    workspace = Workspace(torch.device("meta"))
-    with compiling_only(), torch.inference_mode():
-        for launch in record(lambda: marlin.MarlinBackend().apply(x, whole, routing, BaseInjection(info), workspace)):
+    weights = torch.empty(tokens, shape.top_k, device="meta")
+
+    def forward() -> None:
+        marlin_op.write_layer(x, ids, weights, *layer.arguments(), torch.empty_like(x))
+
+    with torch.inference_mode():
+        for launch in record(forward, info):
             launch.plain()()

@@ -55,7 +55,7 @@ def compare(name: str, tokens: int, bits: int, rounds: int) -> None:
     info = random_info(shape, bits, "cuda")
     w13, w2 = info.w13, info.w2
     assert isinstance(w13, PackedWeight) and isinstance(w2, PackedWeight)
-    p13, p2 = prepare(w13, torch.bfloat16), prepare(w2, torch.bfloat16)
+    p13, p2 = prepare(w13, torch.bfloat16)[0], prepare(w2, torch.bfloat16)[0]
     x = torch.randn(tokens, shape.hidden, device="cuda").to(torch.bfloat16)
     h = torch.randn(pairs, shape.inter, device="cuda").to(torch.bfloat16)
     ids = torch.rand(tokens, shape.experts, device="cuda").topk(shape.top_k).indices.to(torch.int32)
@@ -65,8 +65,8 @@ def compare(name: str, tokens: int, bits: int, rounds: int) -> None:
     calls: dict[str, list[Callable[[], object]]] = {}
     for what, (t13, t2) in tiles_of(shape, pairs, bits).items():
         plan, tiles = align(routing, shape.experts, t13.bm, Workspace(x.device))
-        one = (x, w13, p13, tiles, plan.rows, shape.top_k, outs[0], t13, silu)
-        two = (h, w2, p2, tiles, plan.rows, None, outs[1], t2)
+        one = (x, p13, tiles, plan.rows, shape.top_k, outs[0], t13, silu)
+        two = (h, p2, tiles, plan.rows, None, outs[1], t2)
         calls[what] = [lambda a=one: grouped_gemm(*a), lambda a=two: grouped_gemm(*a)]
     with ThreadPoolExecutor() as pool:  # compiles side by side
         list(pool.map(lambda call: call(), [call for both in calls.values() for call in both]))

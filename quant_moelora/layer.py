@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,9 @@ class MoEExperts(nn.Module):
     def attach(self, ctx: MoELoRAContext | None) -> None:
         """Serve the adapters of ``ctx`` from now on (None: none). The injection is built here, once.
 
+        Compiled code follows, since it is made anew for another injection. A CUDA graph that was captured by hand
+        around compiled code does not, and is not known here.
+
         Raises:
             AdapterError: the context is of other dimensions or on another device.
             BackendError: a CUDA graph was captured without LoRA and would go on without it.
@@ -108,17 +112,21 @@ class MoEExperts(nn.Module):
         """The backend chosen, once a forward has needed one."""
         return self._backend
 
-    def _prepare(self, dtype: torch.dtype) -> tuple[ExpertsBackend, Prepared, Workspace]:
-        """Backend, its view of the info in ``dtype`` and its buffers; made when the dtype is first seen."""
-        if self._backend is None or self._prepared is None or self._workspace is None or self._prepared.dtype != dtype:
-            selection = select_backend(self.backend_name, self.info, self.info.device, dtype)
-            logger.log(logging.INFO if self.backend_name == AUTO else logging.DEBUG, "%s", selection.report)
-            self._backend = selection.backend
-            self._prepared = selection.backend.prepare(self.info, dtype, self.tuned_configs)
-            self._workspace = selection.backend.workspace(self.info)
-            if self._prepared.lossy:
-                logger.warning("experts in %s: %s", dtype, self._prepared.lossy)
-        return self._backend, self._prepared, self._workspace
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Choose the backend and make its view of the info in ``dtype``; otherwise the first forward in a dtype does.
+
+        Compiled code leaves its graph for it, once. With ``fullgraph=True`` that is an error: call this before.
+
+        Raises:
+            BackendError: no backend serves the dtype.
+        """
+        selection = select_backend(self.backend_name, self.info, self.info.device, dtype)
+        logger.log(logging.INFO if self.backend_name == AUTO else logging.DEBUG, "%s", selection.report)
+        self._backend = selection.backend
+        self._prepared = selection.backend.prepare(self.info, dtype, self.tuned_configs)
+        self._workspace = selection.backend.workspace(self.info)
+        if self._prepared.lossy:
+            logger.warning("experts in %s: %s", dtype, self._prepared.lossy)
 
     def forward(
         self,
@@ -152,12 +160,19 @@ class MoEExperts(nn.Module):
             raise AdapterError(
                 "adapter_ids", got="ids", rule="None while no adapter is attached", remedy="attach the adapters first"
             )
-        if x.is_cuda and torch.cuda.is_current_stream_capturing() and self.injection.ctx is None:
-            self._captured_without_lora = True
+        # Compiled code is checked against the injection it was made for, each time it runs.
+        if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+            self._captured_without_lora |= self.injection.ctx is None
         slots = None if adapter_ids is None else adapter_ids.to(torch.int32)
         routing = Routing(topk_ids, topk_weights.to(torch.float32), slots)
-        backend, prepared, workspace = self._prepare(x.dtype)
-        return backend.apply(x, prepared, routing, self.injection, workspace)
+        if self._prepared is None or self._prepared.dtype != x.dtype:
+            if torch.compiler.is_compiling():
+                apart: Any = torch.compiler.disable(self.prepare, reason="call MoEExperts.prepare before compiling")
+                apart(x.dtype)
+            else:
+                self.prepare(x.dtype)
+        assert self._backend is not None and self._prepared is not None and self._workspace is not None  # prepare
+        return self._backend.apply(x, self._prepared, routing, self.injection, self._workspace)
 
     def extra_repr(self) -> str:
         """Dimensions, scheme and activation, for `print(model)`."""

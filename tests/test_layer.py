@@ -75,7 +75,7 @@ class TestRefusals:
     def test_adapter_ids_of_another_shape(self, wrong: Tensor) -> None:
         experts = MoEExperts(build().info)
         experts.attach(context(experts.info, two_adapters(experts.info), torch.float32))
-        with pytest.raises(ShapeError, match=r"slots: got shape .*, expected \[7\] for 7 tokens, k=2"):
+        with pytest.raises(ShapeError, match=r"slots: got shape .*, expected \[7\] for one for each token"):
             experts(*tokens(), adapter_ids=wrong)
 
     def test_routing_of_another_shape(self) -> None:

@@ -69,7 +69,8 @@ def test_a_recorded_launch_knows_its_rows(sort: bool, gather: bool, monkeypatch:
     monkeypatch.setattr(moe_ours, "grouped_gemm", lambda *arguments: arguments[-2].copy_(exact))
     tiles, sorted_rows = (torch.zeros(9, 4, dtype=torch.int32), order) if sort else (ids.flatten(), None)
     out = torch.empty(10, 256)
-    launch = moe_ours.Launch((x, weight, None, tiles, sorted_rows, 2 if gather else None, out, Tile(16, 128, 64)))
+    arguments = (x, None, tiles, sorted_rows, 2 if gather else None, out, Tile(16, 128, 64))
+    launch = moe_ours.Launch(weight, arguments)
     assert launch.error(ids) < 1e-5  # float32 sums of 128
 
 

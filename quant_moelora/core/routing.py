@@ -41,11 +41,12 @@ class Routing:
                 rule="[tokens, k] of int32 or int64",
                 remedy="pass the router's indices, one row a token",
             )
-        why = f"{self.num_tokens} tokens, k={self.top_k}"
-        check_tensor("topk_weights", self.topk_weights, tuple(self.topk_ids.shape), torch.float32, why=why)
+        # Constant texts: to write a number of tokens down, torch.compile would make a graph for each.
+        ids = tuple(self.topk_ids.shape)
+        check_tensor("topk_weights", self.topk_weights, ids, torch.float32, why="one for each id")
         tensors = {"topk_ids": self.topk_ids, "topk_weights": self.topk_weights}
         if self.slots is not None:
-            check_tensor("slots", self.slots, (self.num_tokens,), torch.int32, why=why)
+            check_tensor("slots", self.slots, (self.num_tokens,), torch.int32, why="one for each token")
             tensors["slots"] = self.slots
         check_same_device(tensors)
 
@@ -88,11 +89,11 @@ class Plan:
 
     def __post_init__(self) -> None:
         pairs = self.rows.shape[0]
-        why = f"P={pairs} pairs"
+        why = "one for each pair"  # no number, as in Routing
         check_tensor("rows", self.rows, (pairs,), torch.int32, why=why)
         check_tensor("inverse", self.inverse, (pairs,), torch.int32, why=why)
         if self.segments is not None:
-            check_tensor("segments", self.segments, (pairs + 1, 3), torch.int32, why=why)
+            check_tensor("segments", self.segments, (pairs + 1, 3), torch.int32, why="one row more than pairs")
         check_tensor(
             "expert_offsets", self.expert_offsets, (self.expert_offsets.numel(),), torch.int32, why="E + 1 offsets"
         )

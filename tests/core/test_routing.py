@@ -39,10 +39,16 @@ def test_counts(dtype: torch.dtype) -> None:
             r"topk_ids: .* dtype torch.float32, expected \[tokens, k\] of int32 or int64",
         ),
         ({"topk_ids": torch.zeros(5, 2, dtype=torch.uint8)}, r"topk_ids: .* dtype torch.uint8"),
-        ({"topk_weights": torch.zeros(2, 5)}, r"topk_weights: got shape \[2, 5\], expected \[5, 2\] for 5 tokens, k=2"),
+        (
+            {"topk_weights": torch.zeros(2, 5)},
+            r"topk_weights: got shape \[2, 5\], expected \[5, 2\] for one",
+        ),
         ({"topk_weights": torch.zeros(5, 2, 1)}, r"topk_weights: got shape \[5, 2, 1\]"),
         ({"topk_weights": torch.zeros(5, 2, dtype=torch.bfloat16)}, "topk_weights: got dtype torch.bfloat16, expected"),
-        ({"slots": torch.zeros(5, 2, dtype=torch.int32)}, r"slots: got shape \[5, 2\], expected \[5\] for 5 tokens"),
+        (
+            {"slots": torch.zeros(5, 2, dtype=torch.int32)},
+            r"slots: got shape \[5, 2\], expected \[5\] for one",
+        ),
         ({"slots": torch.zeros(4, dtype=torch.int32)}, r"slots: got shape \[4\], expected \[5\]"),
         ({"slots": torch.zeros(5, dtype=torch.int64)}, "slots: got dtype torch.int64, expected torch.int32"),
         (
@@ -77,7 +83,10 @@ def test_plan_refuses_another_dtype(field: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"inverse": torch.zeros(5, dtype=torch.int32)}, r"inverse: got shape \[5\], expected \[6\] for P=6 pairs"),
+        (
+            {"inverse": torch.zeros(5, dtype=torch.int32)},
+            r"inverse: got shape \[5\], expected \[6\] for one for each pair",
+        ),
         ({"rows": torch.zeros(6, 1, dtype=torch.int32)}, r"rows: got shape \[6, 1\], expected \[6\]"),
         ({"segments": torch.zeros(6, 3, dtype=torch.int32)}, r"segments: got shape \[6, 3\], expected \[7, 3\]"),
         ({"segments": torch.zeros(7, 2, dtype=torch.int32)}, r"segments: got shape \[7, 2\], expected \[7, 3\]"),

@@ -21,14 +21,14 @@ from torch import Tensor
 from quant_moelora.core import packing
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.quant_info import MoEQuantInfo
-from quant_moelora.core.routing import Plan, Routing
+from quant_moelora.core.routing import Plan
 from quant_moelora.core.scheme import QuantScheme
 from quant_moelora.core.weights import PackedWeight
-from quant_moelora.core.workspace import Workspace
-from quant_moelora.experts import marlin
+from quant_moelora.experts import marlin_op
 from quant_moelora.kernels.common.launch import options
-from quant_moelora.kernels.dequant.prepare import PreparedWeight, recipe, regrouped
-from quant_moelora.kernels.grouped_gemm import launch
+from quant_moelora.kernels.dequant.prepare import PreparedWeight, prepared_weight, recipe
+from quant_moelora.kernels.grouped_gemm import choice, launch, op, product
+from quant_moelora.kernels.grouped_gemm.layer import LayerShape
 from quant_moelora.kernels.grouped_gemm.spec import GemmSpec, Tile
 from quant_moelora.kernels.grouped_gemm.table import shipped_tables
 from tests.kernels.sass import Code, Program
@@ -96,8 +96,7 @@ def _layer(shape: Shape, scheme: QuantScheme) -> MoEQuantInfo:
 def _prepared(weight: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
     how = recipe(dtype, weight.scheme.bits, weight.scheme.symmetric)
     post = _empty((weight.num_experts,), torch.float32) if how.one_step else None
-    zeros = 0 if weight.zeros is None else weight.zeros
-    return PreparedWeight(regrouped(weight), weight.scales, zeros, post, None, how.one_step)
+    return prepared_weight(weight, scales=weight.scales, zeros=weight.zeros, zero=0, post=post, one_step=how.one_step)
 
 
 class Gpu(NamedTuple):
@@ -118,16 +117,15 @@ def layer_specs(shape: Shape, tokens: int, scheme: QuantScheme, dtype: torch.dty
     """What the backend launches on a GPU for a forward of the base model, and for one with adapters."""
     info, pairs = _layer(shape, scheme), tokens * shape.top_k
     assert isinstance(info.w13, PackedWeight) and isinstance(info.w2, PackedWeight)
-    prepared = marlin.MarlinPrepared(info, dtype, {}, None, _prepared(info.w13, dtype), _prepared(info.w2, dtype))
-    ids, x = _empty((tokens, shape.top_k)), _empty((tokens, shape.hidden), dtype)
-    routing = Routing(ids, ids.to(torch.float32))
-    plan = Plan(_empty((pairs,)), _empty((pairs,)), _empty((shape.experts + 1,)), None)
+    w13, w2 = _prepared(info.w13, dtype), _prepared(info.w2, dtype)
+    ids, x, h = _empty((tokens, shape.top_k)), _empty((tokens, shape.hidden), dtype), _empty((pairs, w2.k_pad), dtype)
+    rows, tiles = _empty((pairs,)), _empty((pairs, 4))
+    plan = Plan(rows, rows, _empty((shape.experts + 1,)), None)
     specs: list[GemmSpec] = []
 
     def record(
         x: Tensor,  # as of `launch.grouped_gemm`, and so the others
-        weight: PackedWeight,
-        prepared: PreparedWeight,
+        weight: PreparedWeight,
         tiles: Tensor,
         rows: Tensor | None,
         top_k: int | None,
@@ -135,25 +133,26 @@ def layer_specs(shape: Shape, tokens: int, scheme: QuantScheme, dtype: torch.dty
         tile: Tile,
         activation: Activation | None = None,
     ) -> Tensor:
-        specs.append(launch._spec(x, weight, prepared, rows is None, top_k, out, tile, activation, plain=False))
+        specs.append(launch._spec(x, weight, rows is None, top_k, out, tile, activation, plain=False))
         return out
 
     with (
         patch.multiple(
-            marlin,
-            align=lambda *_: (plan, _empty((1, 4))),
-            activate=lambda *arguments: arguments[-1],
-            capability=lambda _: gpu.capability,
-            gpu_name=lambda _: gpu.name,
-            grouped_gemm=record,
+            marlin_op,
+            align=lambda *_: (plan, tiles),
+            activate=lambda *arguments, **_: arguments[-1],
+            moe_sum=lambda *arguments, **_: arguments[-1],
         ),
+        patch.multiple(choice, capability=lambda _: gpu.capability, gpu_name=lambda _: gpu.name),
+        patch.object(product, "grouped_gemm", record),
         patch.multiple(launch, capability=lambda _: gpu.capability, overlaps=lambda _: gpu.capability >= (9, 0)),
     ):
-        base = marlin._Forward.of(prepared, routing, Workspace(x.device), sort=False)
-        base.down(base.activated(x))
-        adapted = marlin._Forward.of(prepared, routing, Workspace(x.device), sort=True)
-        adapted.gate_up(x)
-        adapted.down(adapted.new_h())
+        source = choice.TileSource(LayerShape.of(info, dtype).name, "")
+        layer = marlin_op.MarlinLayer(w13, w2, shape.activation, weigh_input=False, tiles=source)
+        marlin_op.write_layer(x, ids, _empty(ids.shape, torch.float32), *layer.arguments(), torch.empty_like(x))
+        for given, gather, columns, weight in ((x, True, w13.rows, w13), (h, False, w2.n, w2)):
+            out = _empty((pairs, columns), dtype)
+            op.write_product(given, ids, rows, tiles, gather, columns, *source, *weight, out)
     return specs
 
 

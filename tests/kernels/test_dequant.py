@@ -47,9 +47,9 @@ def fma(a: Tensor, b: Tensor | float, c: Tensor | float, dtype: torch.dtype) -> 
 def prepared_values(weight: PackedWeight, made: PreparedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scales and zero points that the kernel loads, float64 [E, rows, groups]."""
     scales = packing.unpack_pairs(made.scales, dtype).double()
-    if isinstance(made.zeros, Tensor):
+    if made.zeros is not None:
         return scales, packing.unpack_pairs(made.zeros, dtype).double()
-    both = torch.tensor([made.zeros], dtype=torch.int32).view(dtype).double()
+    both = torch.tensor([made.zero], dtype=torch.int32).view(dtype).double()
     assert both[0] == both[1]
     return scales, both[0].expand_as(scales)
 
@@ -136,7 +136,7 @@ def test_every_code_is_the_definition(
 ) -> None:
     groups = {None: 1, 16: 16, 32: 8, 48: 4, 64: 4, 128: 2, 192: 1}[group]
     built = build(scheme(bits, group, symmetric, scale_bf16), choose(3, groups))
-    made = prepare(built.weight, dtype)
+    made, _ = prepare(built.weight, dtype)
     # Above these a prepared scale would be no finite float: 2**133 * 2**-5 = 2**128 and 2**9 * 2**7 = 2**16.
     bound = 6 if dtype == torch.float16 else -5 if symmetric else 121
     post = post_of(rounded(built.scales, dtype), bound)
@@ -155,7 +155,8 @@ def test_every_code_is_the_definition(
 
 def test_a_scale_near_the_largest_bfloat16() -> None:
     """2**122 * 2**6 would be no finite float."""
-    made = prepare(build(scheme(4, 64, False, bf16=True), torch.full((1, 64, 1), 2.0**122)).weight, torch.bfloat16)
+    weight = build(scheme(4, 64, False, bf16=True), torch.full((1, 64, 1), 2.0**122)).weight
+    made, _ = prepare(weight, torch.bfloat16)
     assert made.post is not None and made.post.tolist() == [4.0]
     assert (packing.unpack_pairs(made.scales, torch.bfloat16) == 2.0**126).all()
 
@@ -164,13 +165,22 @@ def test_a_scale_near_the_largest_bfloat16() -> None:
 @pytest.mark.parametrize("quant", [scheme(4, 32), scheme(8, 64, symmetric=False)], ids=lambda s: s.name)
 def test_prepared_shapes(quant: QuantScheme, dtype: torch.dtype) -> None:
     built = packed(quant, experts=3, halves=2, n=100, k=192)
-    made = prepare(built.weight, dtype)
+    made, _ = prepare(built.weight, dtype)
+    assert (made.num_experts, made.halves, made.n, made.n_pad, made.k_pad, made.bits) == (
+        3,
+        2,
+        100,
+        128,
+        192,
+        quant.bits,
+    )
+    assert made.qweight is built.weight.qweight and made.bias is None and made.k_perm is None
     assert made.group == quant.group_size
     assert made.scales.shape == built.weight.scales.shape and made.scales.dtype == torch.int32
     if quant.symmetric:
-        assert isinstance(made.zeros, int) and made.tensors("w").keys() == {"w.scales"}
+        assert made.zeros is None and made.tensors("w").keys() == {"w.scales"}
     else:
-        assert isinstance(made.zeros, Tensor) and made.zeros.shape == made.scales.shape
+        assert made.zeros is not None and made.zeros.shape == made.scales.shape
         assert made.tensors("w").keys() == {"w.scales", "w.zeros"}
     assert made.post is None, "the builder's scales are as small as real ones"
     assert made.one_step == (quant.symmetric and dtype == torch.bfloat16)
@@ -200,8 +210,8 @@ def test_regrouped(group: int | None, k: int, expected: int) -> None:
 
 def test_a_scale_serves_every_part_of_its_group() -> None:
     built = packed(scheme(8, 192, symmetric=False), experts=2, n=64, k=576)
-    made = prepare(built.weight, torch.float16)
-    assert made.group == 64 and isinstance(made.zeros, Tensor)
+    made, _ = prepare(built.weight, torch.float16)
+    assert made.group == 64 and made.zeros is not None
     for stored, factor, found in ((built.scales, 2.0**9, made.scales), (built.zeros, -(2.0**-9), made.zeros)):
         parts = packing.unpack_pairs(found, torch.float16)  # (E, 64, 9)
         for part in range(9):
@@ -212,7 +222,7 @@ class TestLoss:
     """What is said of a cast of the scales."""
 
     def lossy(self, scale_bf16: bool, dtype: torch.dtype, value: float) -> str | None:
-        return prepare(build(scheme(4, 64, bf16=scale_bf16), torch.full((1, 64, 1), value)).weight, dtype).lossy
+        return prepare(build(scheme(4, 64, bf16=scale_bf16), torch.full((1, 64, 1), value)).weight, dtype)[1]
 
     def test_no_cast(self) -> None:
         assert self.lossy(False, torch.float16, 1 + 2.0**-10) is None

@@ -6,6 +6,7 @@ interpreter's bfloat16 is another number) and without inline assembly; otherwise
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import random
@@ -18,8 +19,12 @@ import torch
 from torch import Tensor
 
 from quant_moelora.core import packing
+from quant_moelora.core.backend import Verdict
 from quant_moelora.core.weights import PackedWeight
-from quant_moelora.kernels.dequant.prepare import PreparedWeight, prepare, regrouped
+from quant_moelora.experts import base_injection, marlin
+from quant_moelora.kernels.dequant.prepare import PreparedWeight, prepare, prepared_weight, regrouped
+from quant_moelora.kernels.grouped_gemm import product
+from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -50,17 +55,20 @@ def held_values(weight: PackedWeight, dtype: torch.dtype) -> Tensor:  # (E, halv
 def prepared(weight: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
     """`prepare`; interpreted, the pairs as they are stored, each as often as `regrouped` divides its group."""
     if not INTERPRETED:
-        return prepare(weight, dtype)
-    weight, group = cast_scales(weight, dtype), regrouped(weight)
-    zeros = 0 if weight.zeros is None else weight.zeros.repeat_interleave(weight.group // group, 2)
-    return PreparedWeight(
-        group=group,
-        scales=weight.scales.repeat_interleave(weight.group // group, 2),
-        zeros=zeros,
-        post=None,
-        lossy=None,
-        one_step=False,
-    )
+        return prepare(weight, dtype)[0]
+    weight, repeat = cast_scales(weight, dtype), weight.group // regrouped(weight)
+    zeros = None if weight.zeros is None else weight.zeros.repeat_interleave(repeat, 2)
+    scales = weight.scales.repeat_interleave(repeat, 2)
+    return prepared_weight(weight, scales=scales, zeros=zeros, zero=0, post=None, one_step=False)
+
+
+def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the backend serve the CPU, with scales as they are stored, and nothing fall back to torch."""
+    monkeypatch.setattr(marlin.MarlinBackend, "supports", lambda *_, **__: Verdict())
+    monkeypatch.setattr(product, "grouped_gemm", functools.partial(grouped_gemm, plain=True))
+    monkeypatch.setattr(marlin, "prepare", lambda weight, dtype: (prepared(weight, dtype), None))
+    monkeypatch.setattr(base_injection.activation_reference, "activate", base_injection.launched_activation)
+    monkeypatch.setattr(base_injection.moe_sum_reference, "moe_sum", base_injection.launched_moe_sum)
 
 
 def pairwise(factors: Mapping[str, Sequence[Any]], seed: int = 0) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ from quant_moelora.kernels.align import reference
 from quant_moelora.kernels.by_half.launch import by_half
 from quant_moelora.kernels.moe_sum.launch import moe_sum
 from tests import builders
-from tests.builders import layer, move, packed, roundoff, routing, scheme
-from tests.launched.cases import DEVICE, EACH_DTYPE, MARKS, poison
+from tests.builders import packed, roundoff, routing, scheme
+from tests.launched.cases import DEVICE, EACH_DTYPE, MARKS, poison, prepared
 
 pytestmark = MARKS
 EXPERTS = 4
@@ -36,6 +36,11 @@ def given(shape: tuple[int, int], parts: int, dtype: torch.dtype) -> tuple[Tenso
     for part in values[1:]:
         total = total + part
     return (values[0], total.double()) if parts == 1 else (values, total.to(dtype).double())
+
+
+def on_device(case: Routing, weighted: bool) -> tuple[Tensor, Tensor | None]:
+    """Ids, and weights for a kernel that has to apply them."""
+    return case.topk_ids.to(DEVICE), case.topk_weights.to(DEVICE) if weighted else None
 
 
 def order(case: Routing, in_order: bool) -> tuple[Tensor | None, Tensor | None, list[int]]:
@@ -67,14 +72,15 @@ def test_activation(
     if clamped and not gated:
         return
     activation = Activation(name, gated, **({"alpha": 1.702, "limit": 1.0} if clamped else {}))
-    info = layer(scheme(), experts=EXPERTS, inter=inter, activation=activation, router_weight=router_weight).info
     case = routing(5, 2, EXPERTS)
     gate_up, values = given((10, activation.halves * pad), parts, dtype)
     rows, _, pairs = order(case, in_order)
     for columns in range(inter, activation.halves * pad, pad):  # what stands in the padding must not matter
         gate_up[..., columns : columns + pad - inter] = torch.nan
     out = poison(10, pad, dtype=dtype)
-    assert activate(gate_up.to(DEVICE), info, move(case, DEVICE), rows, out) is out
+    ids, weights = on_device(case, router_weight == "input")
+    dims = {"num_experts": EXPERTS, "inter": inter}
+    assert activate(gate_up.to(DEVICE), activation, ids, weights, rows, out, **dims) is out
     out = out.cpu()
     for row, pair in enumerate(pairs):
         if not 0 <= int(case.topk_ids.flatten()[pair]) < EXPERTS:
@@ -98,7 +104,6 @@ def test_activation(
 def test_moe_sum(
     tokens: int, top_k: int, hidden: int, router_weight: Any, in_order: bool, parts: int, dtype: torch.dtype
 ) -> None:
-    info = layer(scheme(), experts=EXPERTS, hidden=hidden, router_weight=router_weight).info
     case = routing(tokens, top_k, EXPERTS)
     case.topk_ids[0] = torch.tensor([-1, EXPERTS, 99, -7, EXPERTS])[:top_k]  # a token without any expert
     held = (case.topk_ids >= 0) & (case.topk_ids < EXPERTS)
@@ -109,7 +114,8 @@ def test_moe_sum(
         if not held.flatten()[pair]:
             y[..., row, :] = torch.nan
     out = poison(tokens, hidden, dtype=dtype)
-    assert moe_sum(y.to(DEVICE), info, move(case, DEVICE), inverse, out) is out
+    ids, weights = on_device(case, router_weight == "output")
+    assert moe_sum(y.to(DEVICE), ids, weights, inverse, out, num_experts=EXPERTS) is out
     out = out.cpu()
     assert (out[0] == 0).all()
     for token in range(tokens):
@@ -136,8 +142,8 @@ def test_by_half(k: int, top_k: int, halves: int, dtype: torch.dtype) -> None:
     plan = reference.align(case, EXPERTS)
     x = torch.randn(6, k).to(dtype)
     out = poison(halves, case.num_pairs, weight.k_pad, dtype=dtype)
-    on_device = reference.align(move(case, DEVICE), EXPERTS)
-    assert by_half(x.to(DEVICE), weight.to(DEVICE), move(case, DEVICE), on_device, out) is out
+    ids, rows = case.topk_ids.to(DEVICE), plan.rows.to(DEVICE)
+    assert by_half(x.to(DEVICE), prepared(weight.to(DEVICE), dtype), ids, rows, out) is out
     for row, pair in enumerate(plan.rows.tolist()):
         expert = int(case.topk_ids.flatten()[pair])
         for half in range(halves):
@@ -150,12 +156,12 @@ def test_by_half(k: int, top_k: int, halves: int, dtype: torch.dtype) -> None:
 
 
 def test_no_tokens() -> None:
-    info = layer(scheme(), experts=EXPERTS, act_order=True).info
-    case = move(Routing(torch.zeros(0, 2, dtype=torch.int32), torch.zeros(0, 2)), DEVICE)
-    plan = reference.align(case, EXPERTS)
+    ids, weights, rows = (torch.zeros(shape, device=DEVICE) for shape in ((0, 2), (0, 2), (0,)))
+    ids, rows = ids.int(), rows.int()
     nothing = torch.zeros(0, 128, dtype=torch.float16, device=DEVICE)
-    assert activate(nothing, info, case, plan.rows, nothing[:, :64]).shape == (0, 64)
-    assert moe_sum(nothing[:, :64], info, case, plan.inverse, nothing[:, :64]).shape == (0, 64)
+    silu, dims = Activation("silu"), {"num_experts": EXPERTS, "inter": 40}
+    assert activate(nothing, silu, ids, weights, rows, nothing[:, :64], **dims).shape == (0, 64)
+    assert moe_sum(nothing[:, :64], ids, weights, rows, nothing[:, :64], num_experts=EXPERTS).shape == (0, 64)
     weight = packed(scheme(4, 64), experts=EXPERTS, act_order=True).weight.to(DEVICE)
     out = torch.zeros(1, 0, 64, dtype=torch.float16, device=DEVICE)
-    assert by_half(nothing[:, :64], weight, case, plan, out) is out
+    assert by_half(nothing[:, :64], prepared(weight, torch.float16), ids, rows, out) is out

@@ -17,6 +17,7 @@ from quant_moelora.core.activations import Activation
 from quant_moelora.core.routing import Plan, Routing
 from quant_moelora.core.workspace import Workspace
 from quant_moelora.experts import marlin
+from quant_moelora.experts.marlin_op import marlin_experts_out
 from quant_moelora.kernels.align.launch import align
 from quant_moelora.kernels.grouped_gemm.spec import Tile
 from quant_moelora.layer import MoEExperts
@@ -78,10 +79,9 @@ def test_a_fused_activation_has_the_bits_of_its_own_kernel(bm: int, bn: int, dty
     h = run(built, x, case, "gather", fused, columns=128, activation=Activation("silu"))
     from quant_moelora.kernels.activation.launch import activate
 
-    info = layer(scheme(4, 64), experts=3, hidden=192, inter=128).info
     out = torch.full_like(h.out, torch.nan).to(DEVICE)
-    rows = torch.tensor(gate_up.pairs, dtype=torch.int32, device=DEVICE)
-    activate(gate_up.out.to(DEVICE), info, move(case, DEVICE), rows, out)
+    rows, ids = torch.tensor(gate_up.pairs, dtype=torch.int32, device=DEVICE), case.topk_ids.to(DEVICE)
+    activate(gate_up.out.to(DEVICE), Activation("silu"), ids, None, rows, out, num_experts=3, inter=128)
     assert same_bits(out, h.out)
 
 
@@ -155,6 +155,48 @@ def test_launch_after_launch_without_waiting(experts: int) -> None:
     torch.cuda.synchronize()
     for number, (plan, tiles) in enumerate(made):
         check_plan(plan, tiles, cases[number % len(cases)], experts, 16)
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch's compiler warns of is not ours
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("act_order", [False, True], ids=["", "act_order"])
+def test_compiled_code_has_the_bits_of_eager_mode(act_order: bool, mode: str) -> None:
+    """With code that torch generates, and with CUDA graphs that it captures, one for each size."""
+    torch.compiler.reset()
+    built = layer(scheme(4, 64), experts=8, hidden=192, inter=128, act_order=act_order, bias=True)
+    experts = MoEExperts(built.info.to(DEVICE), "marlin")
+    experts.prepare(torch.bfloat16)
+
+    def beside(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return x + experts(x * 2, ids, weights)  # something to fuse, before and behind
+
+    compiled = torch.compile(beside, fullgraph=True, mode=mode)
+    for _ in range(3):  # run, captured, replayed
+        for tokens in (17, 3, 64, 1, 200):
+            batch = on_device(tokens, 192, 8, torch.bfloat16)
+            torch.compiler.cudagraph_mark_step_begin()
+            assert same_bits(compiled(*batch), beside(*batch)), tokens
+    torch.compiler.reset()
+
+
+@EACH_DTYPE
+def test_a_captured_twin_writes_where_it_was_told(dtype: torch.dtype) -> None:
+    built = layer(scheme(4, 64), experts=8, hidden=192, inter=128)
+    experts = MoEExperts(built.info.to(DEVICE), "marlin")
+    experts.prepare(dtype)
+    assert isinstance(experts._prepared, marlin.MarlinPrepared)
+    static = on_device(17, 192, 8, dtype)
+    out = torch.full_like(static[0], torch.nan)
+    arguments = (*static, *experts._prepared.layer.arguments(), out)
+    marlin_experts_out(*arguments)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        marlin_experts_out(*arguments)
+    for held, new in zip(static, on_device(17, 192, 8, dtype), strict=True):
+        held.copy_(new)
+    out.fill_(torch.nan)
+    graph.replay()
+    assert same_bits(out, experts(*static))
 
 
 def test_another_device_than_the_current_one() -> None:

@@ -73,9 +73,7 @@ def run(
     shape = (case.num_pairs, columns)
     out = poison(*shape, dtype=x.dtype) if tile.split == 1 else poison(tile.split, *shape, dtype=torch.float32)
     made = prepared(weight.to(DEVICE), x.dtype)
-    returned = grouped_gemm(
-        x.to(DEVICE), weight.to(DEVICE), made, tiles, rows, top_k, out, tile, activation, plain=INTERPRETED
-    )
+    returned = grouped_gemm(x.to(DEVICE), made, tiles, rows, top_k, out, tile, activation, plain=INTERPRETED)
     assert returned is out
     return Product((out if tile.split == 1 else out.sum(0)).cpu(), pairs)
 
@@ -284,5 +282,5 @@ def test_rows_more_than_2_to_the_31_apart(dtype: torch.dtype) -> None:
     case = routing(3, 2, EXPERTS, holes=False)
     plan, tiles = align(move(case, DEVICE), EXPERTS, 16, Workspace(DEVICE))
     out, weight = poison(6, 64, dtype=dtype), built.weight.to(DEVICE)
-    grouped_gemm(x, weight, prepared(weight, dtype), tiles, plan.rows, 2, out, LOWEST)
+    grouped_gemm(x, prepared(weight, dtype), tiles, plan.rows, 2, out, LOWEST)
     check(built, x.cpu(), case, "gather", Product(out.cpu(), plan.rows.tolist()))

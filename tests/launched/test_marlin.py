@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,16 +11,12 @@ import torch
 from torch import Tensor
 
 from quant_moelora.core.activations import Activation
-from quant_moelora.core.backend import Verdict
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
 from quant_moelora.core.scheme import QuantScheme
 from quant_moelora.core.weights import PackedWeight
-from quant_moelora.experts import base_injection, marlin
-from quant_moelora.kernels.activation.launch import activate
-from quant_moelora.kernels.grouped_gemm.config import choose_tiles
-from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
-from quant_moelora.kernels.moe_sum.launch import moe_sum
+from quant_moelora.kernels.grouped_gemm.choice import TileSource
+from quant_moelora.kernels.grouped_gemm.layer import LayerTiles
 from quant_moelora.layer import MoEExperts
 from tests.builders import Layer, adapter, context, expected, layer, routing, same_bits, scheme
 from tests.launched.cases import (
@@ -32,9 +27,9 @@ from tests.launched.cases import (
     INTERPRETED,
     MARKS,
     cast_scales,
+    interpret,
     label,
     pairwise,
-    prepared,
 )
 
 pytestmark = MARKS
@@ -52,20 +47,11 @@ EACH_SIZE = pytest.mark.parametrize("tokens", TOKENS)
 
 @pytest.fixture(autouse=True)
 def _serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No gradients; interpreted, the backend serves the CPU, scales are as stored, and nothing falls back to torch."""
+    """No gradients; see `interpret`."""
     if INTERPRETED:
-        monkeypatch.setattr(marlin.MarlinBackend, "supports", lambda *_, **__: Verdict())
-        monkeypatch.setattr(marlin, "grouped_gemm", functools.partial(grouped_gemm, plain=True))
-        monkeypatch.setattr(marlin, "prepare", prepared)
-        monkeypatch.setattr(base_injection.activation_reference, "activate", with_field(activate, "rows"))
-        monkeypatch.setattr(base_injection.moe_sum_reference, "moe_sum", with_field(moe_sum, "inverse"))
+        interpret(monkeypatch)
     with torch.no_grad():
         yield
-
-
-def with_field(launch: Callable[..., Tensor], field: str) -> Callable[..., Tensor]:
-    """A launch that takes the plan, as the plain torch it stands for does."""
-    return lambda values, info, routing, plan, out: launch(values, info, routing, getattr(plan, field), out)
 
 
 @dataclass(frozen=True)
@@ -202,13 +188,14 @@ def test_a_fused_activation_changes_no_bit(tokens: int, dtype: torch.dtype, monk
     case = make(scheme(4, 64), dtype, bias=True)
     x, routed = case.x(tokens), routing(tokens, 2, EXPERTS)
     out = case.run(x, routed)
-    monkeypatch.setattr(marlin._Forward, "activated", apart)
+    monkeypatch.setattr(TileSource, "tiles", changed(w13_fused=None))  # a launch of its own, as with adapters
     assert unchanged(case.run(x, routed), out)
 
 
-def apart(forward: marlin._Forward, x: Tensor) -> Tensor:
-    """The activation in a launch of its own, as in a batch with adapters."""
-    return activate(forward.gate_up(x), forward.prepared.info, forward.routing, forward.rows, forward.new_h())
+def changed(**changes: Any) -> Callable[..., LayerTiles]:
+    """`TileSource.tiles` with changes."""
+    own = TileSource.tiles
+    return lambda *asked: replace(own(*asked), **changes)
 
 
 @EACH_DTYPE
@@ -218,10 +205,9 @@ def test_sorting_few_pairs_changes_no_bit(dtype: torch.dtype, monkeypatch: pytes
         x, routed = case.x(1), routing(1, 2, EXPERTS)
         answers: list[Tensor] = []
         for direct in (False, True):
-            monkeypatch.setattr(
-                marlin, "choose_tiles", lambda *asked, d=direct: replace(choose_tiles(*asked), direct=d)
-            )
-            answers.append(case.run(x, routed))
+            with monkeypatch.context() as patched:
+                patched.setattr(TileSource, "tiles", changed(direct=direct))
+                answers.append(case.run(x, routed))
         assert unchanged(*answers)
 
 

@@ -124,7 +124,7 @@ def test_rows_that_begin_anywhere(columns: int) -> None:
         Routing(case.topk_ids.to(DEVICE), case.topk_weights.to(DEVICE)), EXPERTS, 192, Workspace(DEVICE)
     )
     out, weight = poison(320, 64, dtype=x.dtype), built.weight.to(DEVICE)
-    grouped_gemm(x, weight, prepared(weight, x.dtype), tiles, plan.rows, 1, out, specialized_tile(192))
+    grouped_gemm(x, prepared(weight, x.dtype), tiles, plan.rows, 1, out, specialized_tile(192))
     want = run(built, x.cpu(), case, "gather", Tile(64, 64, 64))
     assert same_bits(out, want.out)
 
@@ -158,7 +158,7 @@ def test_rows_more_than_2_to_the_31_apart() -> None:
     outs = [poison(6, 64, dtype=x.dtype) for _ in range(2)]
     for out, tile in zip(outs, (specialized_tile(192), Tile(16, 64, 64)), strict=True):
         plan, tiles = align(case, EXPERTS, tile.bm, Workspace(DEVICE))
-        grouped_gemm(x, weight, prepared(weight, x.dtype), tiles, plan.rows, 2, out, tile)
+        grouped_gemm(x, prepared(weight, x.dtype), tiles, plan.rows, 2, out, tile)
     assert not outs[0].isnan().any() and same_bits(*outs)
 
 
@@ -176,7 +176,7 @@ def test_the_same_bits_each_time(bm: int, activation: Activation | None) -> None
     def product(tile: Tile) -> torch.Tensor:
         plan, tiles = align(Routing(ids, torch.ones(6000, 1, device=DEVICE)), 16, tile.bm, Workspace(DEVICE))
         out = poison(6000, columns, dtype=x.dtype)
-        return grouped_gemm(x, weight, made, tiles, plan.rows, 1, out, tile, activation)
+        return grouped_gemm(x, made, tiles, plan.rows, 1, out, tile, activation)
 
     want = product(Tile(128, 128, 64, mixed=True))
     assert not want.isnan().any()
@@ -195,7 +195,7 @@ def test_a_cuda_graph_follows_the_routing() -> None:
     def product(tile: Tile) -> torch.Tensor:
         plan, tiles = align(Routing(ids, weights), 8, tile.bm, Workspace(DEVICE))
         out = poison(1800, 320, dtype=x.dtype)
-        return grouped_gemm(x, weight, made, tiles, plan.rows, 2, out, tile)
+        return grouped_gemm(x, made, tiles, plan.rows, 2, out, tile)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from quant_moelora.core.scheme import QuantScheme
+from quant_moelora.core.weights import PackedWeight
 from quant_moelora.kernels.common.sample import blank_info
 from quant_moelora.kernels.common.timing import graph_medians
+from quant_moelora.kernels.dequant.prepare import PreparedWeight
 from quant_moelora.kernels.grouped_gemm import table, tune
 from quant_moelora.kernels.grouped_gemm.candidates import GEMMS, Cut, Gemm, candidates
 from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
@@ -29,15 +31,23 @@ TOKENS = (1, 9)  # each pair a tile; sorted
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Interpreted, scales are as stored, and the bits of a row depend on its place in a tile (see test_marlin)."""
+    prepare = prepared if INTERPRETED else lambda weight, dtype: tune_prepare(weight, dtype)[0]
+
+    def remember(weight: PackedWeight, dtype: torch.dtype) -> tuple[PreparedWeight, None]:
+        made = prepare(weight, dtype)
+        PACKED[made.qweight.data_ptr()] = weight
+        return made, None
+
+    monkeypatch.setattr(tune, "prepare", remember)
     if INTERPRETED:
         monkeypatch.setattr(tune, "grouped_gemm", functools.partial(grouped_gemm, plain=True))
-        monkeypatch.setattr(tune, "prepare", prepared)
         monkeypatch.setattr(tune, "agrees", lambda a, b, **_: tune_agrees(a, b, exact=False))
     with torch.inference_mode():
         yield
 
 
-tune_agrees = tune.agrees
+tune_agrees, tune_prepare = tune.agrees, tune.prepare
+PACKED: dict[int, PackedWeight] = {}  # what the tuner's weights were made from, by their codes' address
 
 
 def make(tokens: int, *, symmetric: bool = True, act_order: bool = False) -> tune.Point:
@@ -49,7 +59,7 @@ def make(tokens: int, *, symmetric: bool = True, act_order: bool = False) -> tun
 def wanted(point: tune.Point, gemm: Gemm, number: int) -> Tensor:
     """The definition: each pair's product with its expert, silu(gate) * up of it or the weighted sum of a token."""
     ids = point.routings[number].topk_ids.cpu().flatten().long()
-    weight = held_values(point.weights.get(gemm, 0)[0], DTYPE).cpu()[ids]  # (P, halves, n, k)
+    weight = held_values(PACKED[point.weights.get(gemm, 0).qweight.data_ptr()], DTYPE).cpu()[ids]  # (P, halves, n, k)
     x = point.inputs[gemm].cpu().double()[..., : weight.shape[-1]]
     order = torch.arange(len(ids)) if point.direct else ids.argsort(stable=True)
     if gemm == "w13":

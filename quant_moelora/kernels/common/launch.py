@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _OVERLAPPING = (9, 0)  # compute capability with programmatic dependent launch
 
@@ -21,6 +23,21 @@ def options(overlap: bool) -> dict[str, bool]:
     3.10: said here, results are the same under all. The dequantisation's FMAs are instructions of their own.
     """
     return {"launch_pdl": overlap, "enable_fp_fusion": True}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], out: Tensor, *arguments: Any, overlap: bool, **constants: Any) -> None:
+    """Launch a Triton kernel; where ``out``, any tensor of it, has no data, only compile it into Triton's cache.
+
+    Args:
+        kernel: of `triton.jit`, whose launcher has no types.
+        grid: programs.
+        out: which the kernel writes.
+        arguments: of the kernel.
+        overlap: whether it may be launched while the kernel before still runs; see `overlaps`.
+        constants: compile-time constants of the kernel and options of the compiler.
+    """
+    run = functools.partial(kernel.warmup, grid=grid) if out.is_meta else kernel[grid]
+    run(*arguments, **constants, **options(overlap))
 
 
 def capability(device: torch.device) -> tuple[int, int]:

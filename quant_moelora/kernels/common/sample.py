@@ -78,13 +78,15 @@ def random_weight(blank: PackedWeight, device: torch.device | str) -> PackedWeig
 def blank_prepared(weight: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
     """`prepare` of random values, on the meta device."""
 
-    def all_experts(tensor: Tensor) -> Tensor:  # (1, ..) of any dtype -> (E, ..) without data
+    def all_experts(tensor: Tensor | None) -> Tensor | None:  # (1, ..) of any dtype -> (E, ..) without data
+        if tensor is None:
+            return None
         return torch.empty(weight.num_experts, *tensor.shape[1:], dtype=tensor.dtype, device="meta")
 
     n_pad, scheme = weight.rows // weight.halves, weight.scheme
-    one = prepare(random_weight(blank_weight(1, weight.halves, weight.n, weight.k, n_pad, scheme), "cpu"), dtype)
-    zeros = all_experts(one.zeros) if isinstance(one.zeros, Tensor) else one.zeros
-    return replace(one, scales=all_experts(one.scales), zeros=zeros)
+    one, _ = prepare(random_weight(blank_weight(1, weight.halves, weight.n, weight.k, n_pad, scheme), "cpu"), dtype)
+    held = {name: all_experts(getattr(one, name)) for name in ("scales", "zeros", "post")}
+    return one._replace(qweight=weight.qweight, num_experts=weight.num_experts, **held)
 
 
 def random_routings(num_experts: int, top_k: int, tokens: int, device: torch.device | str) -> list[Tensor]:

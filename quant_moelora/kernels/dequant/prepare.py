@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,30 +47,49 @@ def recipe(dtype: torch.dtype, bits: int, symmetric: bool) -> Recipe:
     return Recipe(False, (2.0**6, 2.0**6), -(2.0**-6), bound=121)
 
 
-@dataclass(frozen=True, eq=False)
-class PreparedWeight:
-    """What a kernel reads of a weight besides its codes.
+class PreparedWeight(NamedTuple):
+    """All that kernels read of a weight, checked when it was made: an operator takes it apart and puts it together.
 
     Attributes:
+        qweight: as of `PackedWeight`, shared with it, and so are ``bias`` and ``k_perm``.
+        scales: pairs of the dtype that is computed in.
+        zeros: the same for zero points; None for a symmetric weight.
+        post: powers of two that the sums of each expert are multiplied with; None if all are 1.
         group: columns that share a scale, after `regrouped`.
-        scales: int32 [E, rows/64, k_pad/group, 32] of pairs of `dtype`.
-        zeros: the same for zero points, or the int32 that serves every code of a symmetric weight.
-        post: float32 [E], powers of two that the sums of each expert are multiplied with; None if all are 1.
-        lossy: what the cast of the scales lost, in words; None if nothing.
+        zero: the int32 that serves every code of a symmetric weight.
         one_step: see `Recipe`.
     """
 
-    group: int
+    qweight: Tensor  # (E, rows/64, k_pad/64, 128*bits) int32
     scales: Tensor  # (E, rows/64, k_pad/group, 32) int32
-    zeros: Tensor | int  # as scales
+    zeros: Tensor | None  # as scales
     post: Tensor | None  # (E,) float32
-    lossy: str | None
+    bias: Tensor | None  # (E, rows) float32
+    k_perm: Tensor | None  # (E, halves, k_pad) int32
+    num_experts: int
+    halves: int
+    n: int
+    n_pad: int
+    k_pad: int
+    bits: int
+    group: int
+    zero: int
     one_step: bool
 
+    @property
+    def rows(self) -> int:
+        """Stored rows of all halves."""
+        return self.halves * self.n_pad
+
+    @property
+    def halves_apart(self) -> bool:
+        """Whether a tile of rows has to lie in one of two halves, since each reads x in an order of its own."""
+        return self.k_perm is not None and self.halves == 2
+
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors held, as ``name.field``."""
+        """The tensors that are not the weight's own, as ``name.field``."""
         held = {"scales": self.scales, "zeros": self.zeros, "post": self.post}
-        return {f"{name}.{field}": value for field, value in held.items() if isinstance(value, Tensor)}
+        return {f"{name}.{field}": value for field, value in held.items() if value is not None}
 
 
 def regrouped(weight: PackedWeight) -> int:
@@ -77,10 +97,10 @@ def regrouped(weight: PackedWeight) -> int:
     return weight.group if weight.group % _STEP == 0 else math.gcd(weight.group, _STEP)
 
 
-def prepare(weight: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
+def prepare(weight: PackedWeight, dtype: torch.dtype) -> tuple[PreparedWeight, str | None]:
     """Cast scales to ``dtype`` and fold the powers of two of the dequantisation into them.
 
-    Exact but for the cast, which `PreparedWeight.lossy` reports.
+    Exact but for the cast; the second result says in words what that lost, or is None if nothing.
 
     Raises:
         UnsupportedError: a scale is beyond the largest value of ``dtype``.
@@ -106,20 +126,50 @@ def prepare(weight: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
     first, second = (torch.exp2(p).to(torch.float32) for p in ((power / 2).floor(), power - (power / 2).floor()))
     scaled = (cast * first).mul_(second)
     repeat = weight.group // group
-    zeros: Tensor | int = 0
+    zeros, zero = None, 0
     if weight.zeros is not None:
         integers = packing.unpack_pairs(weight.zeros, torch.int16).to(torch.float32)
         zeros = _pairs(integers * how.zero, repeat, dtype)
     elif not how.one_step:
         addend = torch.full((2,), weight.scheme.symmetric_zero * how.zero, dtype=dtype)
-        zeros = int(addend.view(torch.int32))
-    return PreparedWeight(
-        group=group,
+        zero = int(addend.view(torch.int32))
+    made = prepared_weight(
+        weight,
         scales=_pairs(scaled, repeat, dtype),
         zeros=zeros,
+        zero=zero,
         post=torch.exp2(excess).to(torch.float32) if bool(excess.any()) else None,
-        lossy=_loss(stored, cast, weight.scheme.scale_dtype, dtype),
         one_step=how.one_step,
+    )
+    return made, _loss(stored, cast, weight.scheme.scale_dtype, dtype)
+
+
+def prepared_weight(
+    weight: PackedWeight,
+    *,
+    scales: Tensor,  # (E, rows/64, k_pad/group, 32) int32
+    zeros: Tensor | None,  # as scales
+    zero: int,
+    post: Tensor | None,  # (E,) float32
+    one_step: bool,
+) -> PreparedWeight:
+    """The weight with these scales and zero points."""
+    return PreparedWeight(
+        qweight=weight.qweight,
+        scales=scales,
+        zeros=zeros,
+        post=post,
+        bias=weight.bias,
+        k_perm=weight.k_perm,
+        num_experts=weight.num_experts,
+        halves=weight.halves,
+        n=weight.n,
+        n_pad=weight.n_pad,
+        k_pad=weight.k_pad,
+        bits=weight.scheme.bits,
+        group=regrouped(weight),
+        zero=zero,
+        one_step=one_step,
     )
 
 

@@ -80,7 +80,7 @@ def formula(shape: LayerShape, num_pairs: int, capability: tuple[int, int]) -> L
     plain = tile(w13.rows, w13.columns, w13.bits, apart=shape.halves_apart)
     fuses = shape.fuses and plain.split == 1
     return LayerTiles(
-        direct=is_direct(num_pairs, shape.num_experts),
+        direct=is_direct(num_pairs, shape.num_experts) and not shape.act_order,
         w13=plain,
         w13_fused=tile(w13.rows, w13.columns, w13.bits, fused=True) if fuses else None,
         w2=tile(w2.rows, w2.columns, w2.bits),

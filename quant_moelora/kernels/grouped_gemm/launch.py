@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from quant_moelora.core.activations import Activation
-from quant_moelora.core.weights import PackedWeight
-from quant_moelora.kernels.common.launch import capability, multiprocessors, options, overlaps
+from quant_moelora.kernels.common.launch import capability, launch, multiprocessors, overlaps
 from quant_moelora.kernels.dequant.prepare import PreparedWeight
 from quant_moelora.kernels.grouped_gemm.spec import GemmSpec, Tile, uses_mma_sync
 from quant_moelora.kernels.grouped_gemm.specialized.config import aligned
@@ -19,8 +18,7 @@ _INT32_MAX = 2**31 - 1
 
 def grouped_gemm(
     x: Tensor,  # (M, columns), (P, columns) in sorted order, or (halves, P, k_pad) in each half's column order
-    weight: PackedWeight,
-    prepared: PreparedWeight,
+    weight: PreparedWeight,
     tiles: Tensor,  # (T, 4) int32 of `align`, or the router's ids (P,), each pair a tile of its own
     rows: Tensor | None,  # (P,) int32, pair of each sorted row; None with ids
     top_k: int | None,
@@ -36,8 +34,7 @@ def grouped_gemm(
     written. A tile with a split leaves partial sums, whose sum over the first dimension in its order is the product.
 
     Args:
-        weight: the weight.
-        prepared: its scales and zero points for x's dtype.
+        weight: the weight, for x's dtype.
         tiles: the work.
         rows: the plan's rows.
         top_k: of w13; None for x in sorted order.
@@ -48,20 +45,21 @@ def grouped_gemm(
     """
     if tile.consumers:
         x = aligned(x)
-    spec = _spec(x, weight, prepared, rows is None, top_k, out, tile, activation, plain=plain)
+    spec = _spec(x, weight, rows is None, top_k, out, tile, activation, plain=plain)
     row_tiles = tiles.shape[0]
     if not row_tiles:
         return out
-    kernel, grid = _kernel(spec, row_tiles, x.device)
-    kernel[grid](
+    launch(
+        *_kernel(spec, row_tiles, x.device),
+        out,
         x,
         x.stride(-2),
         x.stride(0) if spec.by_half else 0,
         weight.qweight,
-        prepared.scales,
-        prepared.zeros,
-        prepared.scales if prepared.post is None else prepared.post,
-        prepared.scales if weight.bias is None else weight.bias,
+        weight.scales,
+        weight.zero if weight.zeros is None else weight.zeros,
+        weight.scales if weight.post is None else weight.post,
+        weight.scales if weight.bias is None else weight.bias,
         out,
         out.stride(-2),
         out.stride(0) if tile.split > 1 else 0,
@@ -73,7 +71,7 @@ def grouped_gemm(
         SPEC=spec,
         num_warps=tile.warps,
         maxnreg=tile.registers,
-        **options(spec.overlap),
+        overlap=spec.overlap,
     )
     return out
 
@@ -93,8 +91,7 @@ def _kernel(spec: GemmSpec, row_tiles: int, device: torch.device) -> tuple[Any, 
 
 def _spec(
     x: Tensor,
-    weight: PackedWeight,
-    prepared: PreparedWeight,
+    weight: PreparedWeight,
     direct: bool,
     top_k: int | None,
     out: Tensor,
@@ -111,13 +108,13 @@ def _spec(
         x_columns=min(x.shape[-1], weight.k_pad),
         n_out=out.shape[-1],
         half_rows=weight.n_pad,
-        bits=weight.scheme.bits,
-        group=prepared.group,
-        zeros=isinstance(prepared.zeros, Tensor),
-        one_step=prepared.one_step,
+        bits=weight.bits,
+        group=weight.group,
+        zeros=weight.zeros is not None,
+        one_step=weight.one_step,
         fp16=x.dtype == torch.float16,
         has_bias=weight.bias is not None,
-        has_post=prepared.post is not None,
+        has_post=weight.post is not None,
         by_half=x.ndim == 3,
         gather=top_k is not None,
         direct=direct,

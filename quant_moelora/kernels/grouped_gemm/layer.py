@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +18,10 @@ from quant_moelora.kernels.grouped_gemm.specialized.config import serves, specia
 _SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
 _LEAST_SHARED = 99  # of all others from 8.0 on
 _ACCUMULATORS = 128  # of a thread; with more, sums and operands together are beyond its 255 registers
+
+
+_WEIGHT_NAME = r"(\d+)x(\d+)-int(\d)-g(\d+)(-zeros)?"
+_NAME = re.compile(rf"E(\d+)-{_WEIGHT_NAME}-{_WEIGHT_NAME}-(\w+?)(-act_order)?(-unfused)?")
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,19 @@ class LayerShape:
             act_order=act_order,
             fuses=info.activation.gated and not act_order and info.router_weight == "output",
         )
+
+    @staticmethod
+    @functools.cache
+    def parse(name: str) -> LayerShape:
+        """Inverse of `name`, which is how a shape goes into an operator."""
+        matched = _NAME.fullmatch(name)
+        assert matched, f"{name} is no name of a LayerShape"
+        w13, w2 = (
+            WeightShape(int(rows), int(columns), int(bits), int(group), bool(zeros))
+            for rows, columns, bits, group, zeros in (matched.groups()[i : i + 5] for i in (1, 6))
+        )
+        experts, dtype, act_order, unfused = matched.group(1, 12, 13, 14)
+        return LayerShape(int(experts), w13, w2, dtype, bool(act_order), not unfused)
 
     @property
     def halves_apart(self) -> bool:

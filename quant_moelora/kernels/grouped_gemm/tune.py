@@ -30,7 +30,6 @@ from quant_moelora.core.weights import PackedWeight
 from quant_moelora.core.workspace import Workspace
 from quant_moelora.kernels.activation.launch import activate
 from quant_moelora.kernels.align.launch import align
-from quant_moelora.kernels.common.ahead import compiling_only
 from quant_moelora.kernels.common.launch import capability, gpu_name
 from quant_moelora.kernels.common.sample import (
     active_experts,
@@ -113,22 +112,19 @@ class Weights:
     def __init__(self, problem: Problem, device: torch.device) -> None:
         self.problem = problem
         self.device = device
-        self._held: dict[Gemm, list[tuple[PackedWeight, PreparedWeight]]] = {"w13": [], "w2": []}
+        self._held: dict[Gemm, list[PreparedWeight]] = {"w13": [], "w2": []}
 
-    def get(self, gemm: Gemm, copy: int) -> tuple[PackedWeight, PreparedWeight]:
+    def get(self, gemm: Gemm, copy: int) -> PreparedWeight:
         """A copy of a weight."""
         held, blank = self._held[gemm], self.problem.weight(gemm)
         while len(held) <= copy:
             if self.device.type == "meta":
-                held.append((blank, blank_prepared(blank, self.problem.dtype)))
+                held.append(blank_prepared(blank, self.problem.dtype))
             elif held:
-                weight, prepared = held[0]
-                zeros = prepared.zeros.clone() if isinstance(prepared.zeros, Tensor) else prepared.zeros
-                other = replace(prepared, scales=prepared.scales.clone(), zeros=zeros)
-                held.append((replace(weight, qweight=weight.qweight.clone()), other))
+                own = {name: getattr(held[0], name) for name in ("qweight", "scales", "zeros")}
+                held.append(held[0]._replace(**{name: t if t is None else t.clone() for name, t in own.items()}))
             else:
-                weight = random_weight(blank, self.device)
-                held.append((weight, prepare(weight, self.problem.dtype)))
+                held.append(prepare(random_weight(blank, self.device), self.problem.dtype)[0])
         return held[copy]
 
     def copies(self, gemm: Gemm, active: float) -> int:
@@ -158,7 +154,7 @@ class Point:
             ids = random_routings(problem.info.num_experts, problem.top_k, tokens, device)
         topk_weights = torch.full((tokens, problem.top_k), 1.0 / problem.top_k, device=device)
         self.routings = [Routing(one, topk_weights) for one in ids]
-        self.direct = formula(problem.shape, self.pairs, capability(device)).direct and not problem.shape.act_order
+        self.direct = formula(problem.shape, self.pairs, capability(device)).direct
         w13 = problem.weight("w13")
         rows = (w13.halves, self.pairs, w13.k_pad) if problem.shape.act_order else (tokens, w13.k)
         h = self._random((self.pairs, w13.n_pad))
@@ -187,7 +183,7 @@ class Point:
     def call(self, gemm: Gemm, cut: Cut, copy: int = 0, number: int = 0) -> Callable[[], Tensor]:
         """One launch, with one of the routings: ``h`` of w13 or the layer's output of w2."""
         info, routing, x = self.weights.problem.info, self.routings[number], self.inputs[gemm]
-        weight, prepared = self.weights.get(gemm, copy)
+        weight, experts = self.weights.get(gemm, copy), info.num_experts
         plan, tiles = self._plan(number, cut.tile.bm)
         rows, inverse = (None, None) if plan is None else (plan.rows, plan.inverse)
         columns = info.hidden_size if gemm == "w2" else weight.n_pad if cut.fused else weight.rows
@@ -198,12 +194,17 @@ class Point:
         out = self._buffer("h" if gemm == "w13" else "out", *shape, dtype=x.dtype)
 
         def launch() -> Tensor:
-            grouped_gemm(x, weight, prepared, tiles, rows, top_k, product, cut.tile, activation)
+            grouped_gemm(x, weight, tiles, rows, top_k, product, cut.tile, activation)
             if cut.fused:
                 return product
+            ids, weights = routing.topk_ids, routing.topk_weights
             if gemm == "w13":
-                return activate(product, info, routing, rows, out)
-            return moe_sum(product, info, routing, inverse, out)
+                weigh = weights if info.router_weight == "input" else None
+                return activate(
+                    product, info.activation, ids, weigh, rows, out, num_experts=experts, inter=info.intermediate_size
+                )
+            weigh = weights if info.router_weight == "output" else None
+            return moe_sum(product, ids, weigh, inverse, out, num_experts=experts)
 
         return launch
 
@@ -369,7 +370,7 @@ def compile_candidates(
 def compile_cut(problem: Problem, tokens: int, gemm: Gemm, cut: Cut) -> None:
     """Compile what one cut launches; run in a process of its own."""
     try:
-        with compiling_only(), torch.inference_mode():
+        with torch.inference_mode():
             Point(Weights(problem, torch.device("meta")), tokens).call(gemm, cut)()
     except Exception as error:  # those of the compiler do not travel between processes
         raise RuntimeError(f"{type(error).__name__}: {error}"[:500]) from error

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from quant_moelora.core.quant_info import MoEQuantInfo
-from quant_moelora.core.routing import Routing
-from quant_moelora.kernels.common.launch import options, overlaps
+from quant_moelora.kernels.common.launch import launch, overlaps
 
 _BLOCK = 1024  # columns of a program, at most
 _PROGRAMS = 264  # below which columns are divided further: two for each of an H200's multiprocessors
@@ -16,10 +12,12 @@ _PROGRAMS = 264  # below which columns are divided further: two for each of an H
 
 def moe_sum(
     y: Tensor,  # (P, H) float in sorted order, or (parts, P, H) float32
-    info: MoEQuantInfo,
-    routing: Routing,
+    topk_ids: Tensor,  # (M, k) int32 or int64, contiguous
+    topk_weights: Tensor | None,  # (M, k) float32, contiguous; None for weights of 1
     inverse: Tensor | None,  # (P,) int32, sorted row of each pair; None where rows are pairs
     out: Tensor,  # (M, H) activation dtype
+    *,
+    num_experts: int,
 ) -> Tensor:
     """Sum weight * y over the pairs of a token in float32, in the order of its top-k, and round once.
 
@@ -31,27 +29,28 @@ def moe_sum(
         return out
     from quant_moelora.kernels.moe_sum.kernel import moe_sum_kernel
 
-    kernel: Any = moe_sum_kernel  # Triton's launcher has no types
-
     block = min(_BLOCK, 1 << (hidden - 1).bit_length())
     while block > 128 and tokens * -(-hidden // block) < _PROGRAMS:
         block //= 2
     overlap = overlaps(out.device)
-    kernel[(tokens, -(-hidden // block))](
+    launch(
+        moe_sum_kernel,
+        (tokens, -(-hidden // block)),
+        out,
         y,
         y.stride(0) if y.ndim == 3 else 0,
         inverse,
-        routing.topk_ids.contiguous(),
-        routing.topk_weights.contiguous(),
+        topk_ids,
+        topk_weights,
         out,
-        info.num_experts,
+        num_experts,
         hidden,
-        TOP_K=routing.top_k,
-        WEIGHTED=info.router_weight == "output",
+        TOP_K=topk_ids.shape[1],
+        WEIGHTED=topk_weights is not None,
         PARTS=y.shape[0] if y.ndim == 3 else 1,
         BLOCK=block,
         OVERLAP=overlap,
-        **options(overlap),
+        overlap=overlap,
         num_warps=4 if block >= 512 else 1,
     )
     return out

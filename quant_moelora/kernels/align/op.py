@@ -1,0 +1,77 @@
+"""The operator `quant_moelora::align`: the Plan of a routing and its list of tiles, whatever their height."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core.routing import Plan, Routing
+from quant_moelora.kernels.align import launch
+from quant_moelora.kernels.common.library import define, fields
+from quant_moelora.kernels.grouped_gemm.choice import TileSource
+
+_LEAST_HEIGHT = 16  # of a tile with more rows, of which a routing needs the fewer
+
+
+def _results(
+    topk_ids: Tensor,  # as of `_compute`
+    slots: Tensor | None,
+    num_experts: int,
+    shape: str,
+    tuned_configs: str,
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    pairs = topk_ids.numel()
+    segments = 0 if slots is None else pairs + 1
+    tiles = num_experts + pairs // _LEAST_HEIGHT
+    shapes = ((pairs,), (pairs,), (num_experts + 1,), (segments, 3), (tiles, 4))
+    return [(shape, torch.int32) for shape in shapes]
+
+
+def _compute(
+    topk_ids: Tensor,  # (M, k) int32 or int64
+    slots: Tensor | None,  # (M,) int32
+    num_experts: int,
+    shape: str,
+    tuned_configs: str,
+) -> Sequence[Tensor]:  # rows, inverse, expert_offsets, segments, tiles
+    """See `Plan`; tiles are those of `launch.align` and then tiles without rows."""
+    *_, (listed, _) = _results(topk_ids, slots, num_experts, shape, tuned_configs)
+    weights = topk_ids.new_empty((), dtype=torch.float32).expand_as(topk_ids)  # which no order depends on
+    with torch.cuda.device_of(topk_ids):  # Triton launches on the current device, whichever the tensors are on
+        height = TileSource(shape, tuned_configs).tiles(max(1, topk_ids.numel()), topk_ids.device).bm
+        plan, tiles = launch.align(Routing(topk_ids, weights, slots), num_experts, height)
+        padded = tiles.new_zeros(listed)
+        padded[: len(tiles)] = tiles
+    segments = tiles.new_empty(0, 3) if plan.segments is None else plan.segments
+    return plan.rows, plan.inverse, plan.expert_offsets, segments, padded
+
+
+def _write(
+    topk_ids: Tensor,  # as of `_compute`
+    slots: Tensor | None,
+    num_experts: int,
+    shape: str,
+    tuned_configs: str,
+    *results: Tensor,
+) -> None:
+    for held, made in zip(results, _compute(topk_ids, slots, num_experts, shape, tuned_configs), strict=True):
+        held.copy_(made)
+
+
+_OUTPUTS = ("rows", "inverse", "expert_offsets", "segments", "tiles")
+align, align_out = define(
+    "align",
+    f"Tensor topk_ids, Tensor? slots, int num_experts, {fields(TileSource)}",
+    _OUTPUTS,
+    _results,
+    _write,
+    _compute,
+)
+
+
+def plan_of(routing: Routing, num_experts: int, source: TileSource) -> tuple[Plan, Tensor]:
+    """The Plan of a routing, and its tiles for the operator `grouped_gemm`."""
+    rows, inverse, offsets, segments, tiles = align(routing.topk_ids, routing.slots, num_experts, *source)
+    return Plan(rows, inverse, offsets, None if routing.slots is None else segments), tiles
