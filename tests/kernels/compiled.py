@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -219,17 +219,15 @@ def _set_up() -> None:
 def _compile(spec: GemmSpec, capability: int) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    from quant_moelora.kernels.grouped_gemm.kernel import grouped_gemm_kernel as kernel
-
+    kernel, source_of = _kernel(spec)
     types = _types(spec)
     names = kernel.arg_names
     assert set(types) == set(names), "the kernel's arguments are not those that are described here"
     constants = {(names.index(n),): v for n, v in (("SPEC", spec), ("top_k", 1)) if types[n] == "constexpr"}
     unaligned = {"num_tiles", "num_experts", "top_k", "SPEC"}
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in unaligned}
-    source = ASTSource(kernel, {n: types[n] for n in names}, constants, attributes)
+    source = source_of(kernel, {n: types[n] for n in names}, constants, attributes)
     chosen = {"num_warps": spec.tile.warps, "maxnreg": spec.tile.registers, **options(spec.overlap)}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen)
     registers, program = disassembled(made.asm["cubin"])
@@ -240,6 +238,21 @@ def _compile(spec: GemmSpec, capability: int) -> Compiled:
         loops=program.loops(),
         hazards=program.hazards(),
     )
+
+
+def _kernel(spec: GemmSpec) -> tuple[Any, Any]:
+    """The kernel of a tile, and what makes a source of it."""
+    if spec.tile.consumers:
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        from quant_moelora.kernels.grouped_gemm.specialized.kernel import specialized_gemm_kernel
+
+        return specialized_gemm_kernel, GluonASTSource
+    from triton.compiler import ASTSource
+
+    from quant_moelora.kernels.grouped_gemm.kernel import grouped_gemm_kernel
+
+    return grouped_gemm_kernel, ASTSource
 
 
 def disassembled(cubin: bytes) -> tuple[int, Program]:

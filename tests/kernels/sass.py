@@ -94,6 +94,7 @@ class Code:
         waits: waits for wgmmas.
         wide_loads: 16-byte loads from shared memory.
         loads: other loads from shared memory, without those of LDSM.
+        wide_global: 16-byte loads from global memory into registers.
         forbidden: what costs a trip to memory or to other threads, by opcode: spills, stores to shared memory, loads
             from global memory into registers, shuffles.
         length: instructions.
@@ -104,6 +105,7 @@ class Code:
     waits: int
     wide_loads: int
     loads: int
+    wide_global: int
     forbidden: dict[str, int]
     length: int
 
@@ -149,11 +151,12 @@ class Program:
     def hazards(self) -> list[str]:
         """Instructions that, on some way through the program, touch a register of a wgmma in flight.
 
-        All ways are followed, and at a branch both, as often as they come by with other wgmmas in flight. Of an
-        instruction that reads an accumulator in a group of registers, only the first is seen.
+        All ways are followed, and at a branch both, as often as they come by with other wgmmas in flight; also from
+        each label on, since the text does not say where a jump table leads. Of an instruction that reads an accumulator
+        in a group of registers, only the first is seen.
         """
         found: dict[int, str] = {}
-        todo: list[tuple[int, _Flight]] = [(0, _Flight())]
+        todo = [(at, _Flight()) for at in {0, *self.labels.values()}]
         seen = set(todo)
         while todo:
             at, flight = todo.pop()
@@ -220,6 +223,7 @@ def _counted(body: list[Instruction]) -> Code:
         waits=sum(i.opcode.startswith("WARPGROUP.DEPBAR") for i in body),
         wide_loads=wide,
         loads=len(shared) - wide,
+        wide_global=sum(i.name == "LDG" and "128" in i.modifiers for i in body),
         forbidden=forbidden,
         length=len(body),
     )

@@ -54,12 +54,15 @@ def tiles(model: Model, tokens: int) -> list[tuple[int, int, bool, bool, Tile]]:
 def test_a_tile_cuts_the_weight(model: Model) -> None:
     for tokens in TOKENS:
         for n, k, fused, apart, tile in tiles(model, tokens):
-            assert n % tile.bn == 0 and k % tile.bk == 0 and tile.bn in (64, 128, 256) and tile.bk in (64, 128)
+            assert (n % tile.bn == 0 or tile.consumers) and k % tile.bk == 0 and tile.bk in (64, 128)
+            assert tile.bn in ((64 * tile.consumers,) if tile.consumers else (64, 128, 256))
+            assert not (tile.consumers and (apart or tile.split > 1)), "`specialized` has no loop for it"
             assert k // tile.bk % tile.split == 0 and tile.split >= 1
             assert not (fused and tile.split > 1), "partial sums of gate and up cannot be activated"
-            assert not fused or (n // 2 % (tile.bn // 2) == 0 and tile.bn >= 128), "as many rows of gate as of up"
+            as_many = tile.consumers or (n // 2 % (tile.bn // 2) == 0 and tile.bn >= 128)
+            assert not fused or as_many, "as many rows of gate as of up"
             assert not apart or model.inter % tile.bn == 0, "a tile in both halves"
-            assert tile.bm >= 16 and math.log2(tile.bm).is_integer() and tile.bm <= 128
+            assert tile.bm in (16, 32, 64, 128, 192)
             assert tile.stages >= 1 and tile.warps >= 1 and tile.group_m >= 1
 
 
@@ -92,8 +95,27 @@ def test_the_same_question_has_the_same_answer(model: Model) -> None:
 @MODEL
 def test_more_pairs_never_get_lower_tiles(model: Model) -> None:
     heights = [tile_rows(pairs, model.experts, HOPPER) for pairs in range(1, 40000, 13)]
-    assert all(a <= b for a, b in itertools.pairwise(heights))
-    assert heights[0] == 16 and (heights[-1] == 128 or model.experts > 500)
+    assert all(a <= b or (a, b) == (192, 128) for a, b in itertools.pairwise(heights))
+    assert heights[0] == 16 and (heights[-1] == 128 or model.experts > 250)
+
+
+@MODEL
+@pytest.mark.parametrize("gpu", [(8, 0), ADA, (10, 0), (12, 0)], ids=str)
+def test_only_hopper_has_consumers(model: Model, gpu: tuple[int, int]) -> None:
+    for tokens in TOKENS[::7]:
+        pairs, n, k = tokens * model.top_k, 2 * model.inter, model.hidden
+        for fused in (False, True):
+            tile = choose_tile(pairs, model.experts, n, k, 4, gpu, fused=fused, halves_apart=False)
+            assert not tile.consumers and tile.bm <= 128
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [(64, (0, 128)), (96, (0, 128)), (97, (3, 192)), (192, (3, 192)), (193, (4, 128)), (4096, (4, 128))],
+)
+def test_who_multiplies_many_rows(rows: int, found: tuple[int, int]) -> None:
+    tile = choose_tile(8 * rows, 8, 4096, 4096, 4, HOPPER, fused=True, halves_apart=False)
+    assert (tile.consumers, tile.bm) == found
 
 
 @pytest.mark.parametrize(("pairs", "experts"), [(1, 1), (1, 128), (8, 128), (40, 8), (1000, 128), (4, 1)])

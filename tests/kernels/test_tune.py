@@ -10,6 +10,7 @@ import torch
 
 from quant_moelora.core.errors import BackendError, UnsupportedError
 from quant_moelora.core.scheme import QuantScheme
+from quant_moelora.kernels.common.launch import capability
 from quant_moelora.kernels.common.sample import blank_info, copies, launches
 from quant_moelora.kernels.grouped_gemm import tune
 from quant_moelora.kernels.grouped_gemm.candidates import GEMMS, Cut, Gemm, candidates, cuts_of, launchable, tiles_of
@@ -19,6 +20,7 @@ from quant_moelora.kernels.grouped_gemm.table import Entry
 from quant_moelora.kernels.grouped_gemm.tune import GAIN, Problem
 
 HOPPER, ADA = (9, 0), (8, 9)
+HERE = capability(torch.device("cpu"))  # for which a `FakePoint` asks
 LAYERS = {"qwen3": (128, 2048, 768), "mixtral": (8, 4096, 14336), "gpt-oss": (32, 2880, 2880), "tiny": (4, 64, 64)}
 PAIRS = (1, 8, 32, 128, 512, 2048, 8192, 32768)
 EACH_LAYER = pytest.mark.parametrize("sizes", LAYERS.values(), ids=LAYERS)
@@ -45,7 +47,11 @@ def test_candidates(sizes: tuple[int, int, int], gpu: tuple[int, int]) -> None:
                 assert 1 <= len(cuts) <= 64 and len(set(cuts)) == len(cuts)
                 assert all(launchable(cut, gemm, shape, gpu) for cut in cuts)
                 heights = {cut.tile.bm for cut in cuts}
-                assert heights == {own.bm} if own.direct else heights <= {own.bm // 2, own.bm, own.bm * 2}
+                assert (
+                    heights == {own.bm}
+                    if own.direct
+                    else heights <= ({own.bm // 2, own.bm, own.bm * 2} | ({64, 128, 192} if own.bm >= 128 else set()))
+                )
             # Any two of one height are a layer's tiles, with adapters and without.
             for w13 in found["w13"]:
                 same = next((cut for cut in found["w2"] if cut.tile.bm == w13.tile.bm), None)
@@ -114,7 +120,7 @@ def cuts(entry: Entry) -> dict[Gemm, Cut]:
 @pytest.mark.parametrize("pairs", PAIRS)
 def test_the_cheapest_wins(pairs: int) -> None:
     one = problem()
-    own, every = cuts_of(formula(one.shape, pairs, HOPPER)), candidates(one.shape, pairs, HOPPER)
+    own, every = cuts_of(formula(one.shape, pairs, HERE)), candidates(one.shape, pairs, HERE)
     for gemm in GEMMS:
         for wanted in every[gemm][1::5]:
             height = wanted.tile.bm
@@ -133,7 +139,7 @@ def test_the_cheapest_wins(pairs: int) -> None:
 @pytest.mark.parametrize("pairs", [8, 512], ids=["one height", "several"])
 def test_the_formula_has_to_be_beaten_by_more_than_noise(gain: float, wins: bool, pairs: int) -> None:
     one = problem()
-    own = formula(one.shape, pairs, HOPPER)
+    own = formula(one.shape, pairs, HERE)
     entry, _ = tuned(one, pairs, lambda gemm, cut: 100.0 if cut == cuts_of(own)[gemm] else 100.0 * (1 - gain))
     assert (cuts(entry) != cuts_of(own)) == wins
     assert (entry.us, entry.formula_us) == ((192.0, 200.0) if wins else (200.0, 200.0))
@@ -141,7 +147,7 @@ def test_the_formula_has_to_be_beaten_by_more_than_noise(gain: float, wins: bool
 
 def test_what_wins_the_heats_and_loses_the_final_is_not_taken() -> None:
     one, pairs = problem(), 512
-    own = formula(one.shape, pairs, HOPPER)
+    own = formula(one.shape, pairs, HERE)
     seen: set[tuple[Gemm, Cut]] = set()
 
     def price(gemm: Gemm, cut: Cut) -> float:
@@ -162,7 +168,7 @@ def test_both_gemms_have_one_height() -> None:
 
 def test_what_fails_is_out() -> None:
     one, pairs = problem(), 512
-    every = candidates(one.shape, pairs, HOPPER)
+    every = candidates(one.shape, pairs, HERE)
     wrong, broken = every["w2"][3], every["w2"][5]
 
     def price(gemm: Gemm, cut: Cut) -> float:
@@ -173,14 +179,14 @@ def test_what_fails_is_out() -> None:
 
 
 def test_with_adapters_the_formulas_unfused_tile_stays_where_it_fits() -> None:
-    own = formula(problem().shape, 512, HOPPER)
+    own = formula(problem().shape, 512, HERE)
     w13, w2 = cuts_of(own)["w13"], cuts_of(own)["w2"]
     assert tiles_of(w13, w2, own) == own
-    tried = candidates(problem().shape, 512, HOPPER)["w13"][1:]
+    tried = candidates(problem().shape, 512, HERE)["w13"][1:]
     low, high = (next(cut for cut in tried if cut.tile.bm == bm) for bm in (16, 32))
     assert low.fused and high.fused
     assert tiles_of(low, w2, own).w13 == own.w13
-    other = next(cut for cut in candidates(problem().shape, 512, HOPPER)["w2"] if cut.tile.bm == 32)
+    other = next(cut for cut in candidates(problem().shape, 512, HERE)["w2"] if cut.tile.bm == 32)
     assert tiles_of(high, other, own) == LayerTiles(own.direct, high.tile, high.tile, other.tile)
 
 

@@ -196,14 +196,14 @@ def with_counts(*counts: int) -> Routing:
     return Routing(ids[torch.randperm(len(ids))][:, None], torch.ones(len(ids), 1))
 
 
-# Rows of an expert at both ends of every height that a tile of at most 128 rows can take: 16 to 128, with mixed ones.
-HEIGHTS = [(1, 16, 17), (32, 33, 48), (49, 64, 65), (80, 81, 96), (97, 112, 113), (128, 129, 0), (0, 0, 160)]
+# Rows of an expert at both ends of every height that a tile can take: 16 to 128, with mixed ones, and 192.
+HEIGHTS = [(1, 16, 17), (32, 33, 48), (49, 64, 65), (80, 81, 96), (97, 112, 113), (128, 129, 0), (160, 192, 193)]
 
 
 @EACH_DTYPE
 @pytest.mark.parametrize("mode", ["gather", "sorted"])
 @pytest.mark.parametrize(
-    ("bm", "mixed"), [(16, False), (32, False), (64, False), (64, True), (128, False), (128, True)]
+    ("bm", "mixed"), [(16, False), (32, False), (64, False), (64, True), (128, False), (128, True), (192, True)]
 )
 @pytest.mark.parametrize("counts", HEIGHTS, ids=str)
 def test_every_height(counts: tuple[int, ...], bm: int, mixed: bool, mode: Mode, dtype: torch.dtype) -> None:

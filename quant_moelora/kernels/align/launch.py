@@ -24,7 +24,7 @@ def align(routing: Routing, num_experts: int, tile_rows: int, workspace: Workspa
     Args:
         routing: what the router decided.
         num_experts: E.
-        tile_rows: a power of two.
+        tile_rows: any number.
         workspace: holds what the programs of a launch tell one another; see `Workspace` on streams.
 
     Raises:

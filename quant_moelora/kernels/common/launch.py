@@ -41,8 +41,11 @@ def launch(kernel: Any, grid: tuple[int, ...], out: Tensor, *arguments: Any, ove
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability, which decides on tiles; (9, 0) where there is no GPU and an interpreter runs."""
-    return _capability(device.index or 0) if _on_gpu(device) else (9, 0)
+    """Compute capability, which decides on tiles; (10, 0) for other devices than CUDA's, where an interpreter runs.
+
+    That has the largest tiles, but not the specialised GEMM of (9, 0), for which there is no interpreter.
+    """
+    return _capability(device.index or 0) if _on_gpu(device) else (10, 0)
 
 
 def gpu_name(device: torch.device) -> str:
@@ -58,6 +61,16 @@ def _on_gpu(device: torch.device) -> bool:
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device."""
+    return _multiprocessors(device.index or 0)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 @functools.cache

@@ -74,6 +74,34 @@ def _expand(q, s0, s1, c0, c1, BITS: tl.constexpr, ONE_STEP: tl.constexpr, FP16:
 
 
 @triton.jit
+def _factors(s, z, SPEC: tl.constexpr):
+    """What the low and the high row's codes are multiplied with (two), and what is added to them (two).
+
+    ``s`` and ``z`` are prepared pairs; without zero points ``z`` is an int32 with every code's addend in both halves.
+    """
+    s0, s1 = _low_high(s)
+    if SPEC.zeros:
+        c0, c1 = _low_high(z)
+    elif SPEC.one_step:
+        # -8 s (or -128 s) from s * 2**133 (times 2**-130 or 2**-126), and from s * 2**129 (times 2**-126)
+        low: tl.constexpr = -0x7FF77FF8 if SPEC.bits == 4 else -0x7F7F7F80
+        c0, c1 = _fma2(s0, low, -0x7FFF8000, False), _fma2(s1, -0x7F7F7F80, -0x7FFF8000, False)
+    else:
+        c0, c1 = z, z
+    return s0, s1, c0, c1
+
+
+@triton.jit
+def expanded(words, s, z, SPEC: tl.constexpr):
+    """The weights of each word, on new axes: (kh, rh, e) for int4, (rh, e) for int8.
+
+    ``s`` and ``z`` are the pairs of `_factors`, of as many dimensions as ``words``.
+    """
+    s0, s1, c0, c1 = _factors(s, z, SPEC)
+    return _expand(words, s0, s1, c0, c1, SPEC.bits, SPEC.one_step, SPEC.fp16)
+
+
+@triton.jit
 def _plain_weights(codes, scale, zero, FP16: tl.constexpr):
     """The definition, for the interpreter: scale and zero are float32."""
     return ((codes.to(tl.float32) - zero) * scale).to(tl.float16 if FP16 else tl.bfloat16)
@@ -110,6 +138,17 @@ def _plain_low_high(pairs, SCALES: tl.constexpr, FP16: tl.constexpr):
         return low.to(tl.float16, bitcast=True).to(tl.float32), high.to(tl.float16, bitcast=True).to(tl.float32)
     else:
         return (low.to(tl.int32) << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _plain_expanded(words, s, z, SPEC: tl.constexpr):
+    """As `expanded`."""
+    s0, s1 = _plain_low_high(s, True, SPEC.fp16)
+    if SPEC.zeros:
+        z0, z1 = _plain_low_high(z, False, SPEC.fp16)
+    else:
+        z0, z1 = 1 << (SPEC.bits - 1), 1 << (SPEC.bits - 1)
+    return _plain_expand(words, s0, s1, z0, z1, SPEC.bits, SPEC.fp16)
 
 
 @triton.jit
@@ -151,30 +190,12 @@ def dequantize(q, scales, zeros, NT: tl.constexpr, KT: tl.constexpr, SPEC: tl.co
     HQ: tl.constexpr = 2 if H > 1 else 1  # of them, along kq and along kr
     HR: tl.constexpr = H // HQ
     s = _by_word(scales, NT, KG, HQ, HR, BITS)
-    if SPEC.plain:
-        s0, s1 = _plain_low_high(s, True, SPEC.fp16)
-        if SPEC.zeros:
-            c0, c1 = _plain_low_high(_by_word(zeros, NT, KG, HQ, HR, BITS), False, SPEC.fp16)
-        else:
-            c0, c1 = 1 << (BITS - 1), 1 << (BITS - 1)
-    else:
-        s0, s1 = _low_high(s)
-        if SPEC.zeros:
-            c0, c1 = _low_high(_by_word(zeros, NT, KG, HQ, HR, BITS))
-        elif SPEC.one_step:
-            # -8 s (or -128 s) from s * 2**133 (times 2**-130 or 2**-126), and from s * 2**129 (times 2**-126)
-            low: tl.constexpr = -0x7FF77FF8 if BITS == 4 else -0x7F7F7F80
-            c0, c1 = _fma2(s0, low, -0x7FFF8000, False), _fma2(s1, -0x7F7F7F80, -0x7FFF8000, False)
-        else:
-            c0, c1 = zeros, zeros
+    z = _by_word(zeros, NT, KG, HQ, HR, BITS) if SPEC.zeros else zeros
     if BITS == 4:
         words = q.reshape(NT, KG, KT // KG, 4, 8, 4, HQ, 2 // HQ, HR, 2 // HR)
     else:
         words = q.reshape(NT, KG, KT // KG, HQ, 2 // HQ, 4, 8, 4, HR, 2 // HR, 2)
-    if SPEC.plain:
-        f = _plain_expand(words, s0, s1, c0, c1, BITS, SPEC.fp16)
-    else:
-        f = _expand(words, s0, s1, c0, c1, BITS, SPEC.one_step, SPEC.fp16)
+    f = _plain_expanded(words, s, z, SPEC) if SPEC.plain else expanded(words, s, z, SPEC)
     if BITS == 4:  # nt, kt, warp, g, t, kq, kr, rh | (e, rh, kh) joined as e last: see _expand
         f = f.reshape(NT, KT, 4, 8, 4, 4, 2, 2, 2).permute(0, 2, 7, 3, 1, 5, 6, 4, 8)
     else:

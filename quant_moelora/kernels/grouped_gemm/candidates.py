@@ -10,6 +10,7 @@ from typing import Literal
 from quant_moelora.kernels.grouped_gemm.config import formula
 from quant_moelora.kernels.grouped_gemm.layer import LayerShape, LayerTiles, faults
 from quant_moelora.kernels.grouped_gemm.spec import Tile
+from quant_moelora.kernels.grouped_gemm.specialized.config import specialized_tile
 
 Gemm = Literal["w13", "w2"]
 GEMMS: tuple[Gemm, Gemm] = ("w13", "w2")
@@ -49,10 +50,13 @@ def tiles_of(w13: Cut, w2: Cut, own: LayerTiles) -> LayerTiles:
 def candidates(shape: LayerShape, num_pairs: int, capability: tuple[int, int]) -> dict[Gemm, list[Cut]]:
     """What is worth a try for each GEMM, the formula's choice first; tiles of some heights, each launchable."""
     own = formula(shape, num_pairs, capability)
-    heights = [own.bm] if own.direct else [own.bm, *(bm for bm in (own.bm // 2, own.bm * 2) if 16 <= bm <= 128)]
+    plain = min(own.bm, 128)
+    heights = [plain] if own.direct else [plain, *(bm for bm in (plain // 2, plain * 2) if 16 <= bm <= 128)]
     found: dict[Gemm, list[Cut]] = {}
     for gemm, first in cuts_of(own).items():
         cuts = [first, *(cut for bm in heights for cut in _around(shape, gemm, first, bm))]
+        if own.bm >= 128:
+            cuts += [Cut(specialized_tile(bm), first.fused) for bm in (128, 192)]
         found[gemm] = [cut for cut in dict.fromkeys(cuts) if launchable(cut, gemm, shape, capability)]
     return found
 
@@ -70,7 +74,7 @@ def _around(shape: LayerShape, gemm: Gemm, first: Cut, bm: int) -> Iterator[Cut]
     low, high = bm == 16, bm >= 64
     registers = 128 if low else None
     base = Tile(bm, 128, first.tile.bk, stages=4, mixed=high, registers=registers, group_m=2 if high else 1)
-    if first.tile.bm == bm:
+    if first.tile.bm == bm and not first.tile.consumers:
         base = replace(first.tile, split=1)
     forms = [True, False] if gemm == "w13" and shape.fuses else [False]
     for fused in forms:

@@ -8,10 +8,14 @@ from dataclasses import dataclass, field, replace
 
 from quant_moelora.kernels.grouped_gemm.layer import LayerShape, LayerTiles
 from quant_moelora.kernels.grouped_gemm.spec import Tile, uses_mma_sync
+from quant_moelora.kernels.grouped_gemm.specialized.config import serves, specialized_tile
 
 # Programs below which a launch leaves the memory idle: four on each of an H200's 132 multiprocessors. Where experts
 # hardly repeat, half of them will do, since fewer parts are read sooner by what follows.
 _FULL = 528
+# Rows of an expert above which the specialised kernel is the faster one, and up to which three consumers by 192 rows
+# are faster than four by 128, which read the weight once more.
+_MANY, _MOST_OF_192 = 96, 192
 _LEAST_STEPS = 4  # of a program, below which a split costs more than it brings
 _SPLIT_STEPS = 8  # of a program, from which on a split costs less than narrow tiles do
 _FEW = 1.5  # pairs of an expert, up to which experts hardly repeat
@@ -109,6 +113,8 @@ def _is_large(capability: tuple[int, int]) -> bool:
 def tile_rows(num_pairs: int, num_experts: int, capability: tuple[int, int]) -> int:
     """Most rows of a tile, for both GEMMs of a layer, since they share the list of tiles."""
     rows = expected_rows(num_pairs, num_experts)
+    if _MANY < rows <= _MOST_OF_192 and serves(capability, halves_apart=False):
+        return 192
     return 16 if rows <= 10 else 32 if rows <= 24 else 64 if rows <= 40 or not _is_large(capability) else 128
 
 
@@ -138,6 +144,10 @@ def choose_tile(
         halves_apart: whether a tile has to lie in one of the two halves of n rows.
     """
     bm, rows = tile_rows(num_pairs, num_experts, capability), expected_rows(num_pairs, num_experts)
+    if rows > _MANY and serves(capability, halves_apart=halves_apart):
+        return specialized_tile(bm)
+    if bm == 192:  # a narrow tile, so that the sums of 128 and of 64 rows fit into registers
+        return Tile(bm, 64, 64, stages=4, mixed=True, group_m=2)
     rows_of_tiles, bk = n // 2 if halves_apart else n, 128 if k % 128 == 0 else 64
     programs, steps, few = _active(num_pairs, num_experts) * (n // 128), k // bk, rows <= _FEW
     narrow = not fused and (

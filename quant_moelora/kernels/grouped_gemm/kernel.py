@@ -162,7 +162,12 @@ def _fitting(problem, expert, begin, count, pn, BM: tl.constexpr, SPEC: tl.const
     HALF: tl.constexpr = BM // 2
     QUARTER: tl.constexpr = BM // 4 if SPEC.tile.mixed and BM >= 64 else 0
     EIGHTH: tl.constexpr = BM // 8 if SPEC.tile.mixed and BM >= 128 else 0
-    if BM == 16:
+    if BM == 192:
+        if count <= 128:
+            _fitting(problem, expert, begin, count, pn, 128, SPEC)
+        else:
+            _multiply(problem, expert, begin, count, pn, 128, 64, SPEC)
+    elif BM == 16:
         _multiply(problem, expert, begin, count, pn, BM, 0, SPEC)
     elif count <= HALF:
         _fitting(problem, expert, begin, count, pn, HALF, SPEC)

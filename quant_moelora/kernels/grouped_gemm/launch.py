@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from quant_moelora.core.activations import Activation
-from quant_moelora.kernels.common.launch import capability, launch, overlaps
+from quant_moelora.kernels.common.launch import capability, launch, multiprocessors, overlaps
 from quant_moelora.kernels.dequant.prepare import PreparedWeight
 from quant_moelora.kernels.grouped_gemm.spec import GemmSpec, Tile, uses_mma_sync
+from quant_moelora.kernels.grouped_gemm.specialized.config import aligned
 
 _INT32_MAX = 2**31 - 1
 
@@ -36,19 +39,18 @@ def grouped_gemm(
         rows: the plan's rows.
         top_k: of w13; None for x in sorted order.
         out: all columns of the weight, or the logical ones of one half.
-        tile: how to cut it.
+        tile: how to cut it; with consumers, for the kernel in `specialized`, which gives the same bits.
         activation: applied to gate and up, rounded to the dtype of ``out``, which then has the columns of one half.
         plain: for the interpreter, with scales and zero points as they are stored.
     """
-    from quant_moelora.kernels.grouped_gemm.kernel import grouped_gemm_kernel
-
+    if tile.consumers:
+        x = aligned(x)
     spec = _spec(x, weight, rows is None, top_k, out, tile, activation, plain=plain)
     row_tiles = tiles.shape[0]
     if not row_tiles:
         return out
     launch(
-        grouped_gemm_kernel,
-        (row_tiles * (weight.rows // tile.bn), tile.split),
+        *_kernel(spec, row_tiles, x.device),
         out,
         x,
         x.stride(-2),
@@ -72,6 +74,19 @@ def grouped_gemm(
         overlap=spec.overlap,
     )
     return out
+
+
+def _kernel(spec: GemmSpec, row_tiles: int, device: torch.device) -> tuple[Any, tuple[int, int]]:
+    """The kernel of a tile, whose launcher Triton gives no types, and how many programs it has."""
+    tile = spec.tile
+    if not tile.consumers:
+        from quant_moelora.kernels.grouped_gemm.kernel import grouped_gemm_kernel
+
+        return grouped_gemm_kernel, (row_tiles * (spec.n // tile.bn), tile.split)
+    from quant_moelora.kernels.grouped_gemm.specialized.kernel import specialized_gemm_kernel
+
+    assert not (spec.by_half or spec.direct or spec.plain or tile.split > 1), "`serves` says what there is no loop for"
+    return specialized_gemm_kernel, (min(multiprocessors(device), row_tiles * -(-spec.n // tile.bn)), 1)
 
 
 def _spec(

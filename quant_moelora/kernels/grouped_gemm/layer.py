@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.weights import PackedWeight
 from quant_moelora.kernels.dequant.prepare import regrouped
 from quant_moelora.kernels.grouped_gemm.spec import Tile
+from quant_moelora.kernels.grouped_gemm.specialized.config import serves, specialized_tile
 
 # Kilobytes of shared memory that a block may have: CUDA C++ Programming Guide, table of compute capabilities.
 _SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
@@ -167,12 +168,17 @@ def faults(
         fused: whether the activation is applied to it.
         half_rows: stored rows of a half, if a tile has to lie in one (act-order) or to hold as many of both (fused).
     """
+    apart = half_rows is not None and not fused
+    if tile.consumers:
+        served = serves(capability, halves_apart=apart) and tile.bm in (128, 192)
+        return (
+            [] if served and _is_specialized(tile) else ["consumers are those of `specialized_tile`, where it serves"]
+        )
     shared = shared_bytes(tile, weight, capability)
     limit = _SHARED.get(capability, _LEAST_SHARED) << 10
     steps = weight.columns // tile.bk if tile.bk else 0
-    apart = half_rows is not None and not fused
     rules = {
-        "bm is a power of two from 16 to 128": tile.bm in (16, 32, 64, 128),
+        "bm is a power of two from 16 to 128, or 192": tile.bm in (16, 32, 64, 128, 192),
         "bn is 64, 128 or 256": tile.bn in (64, 128, 256),
         "bk is 64 or 128": tile.bk in (64, 128),
         "warps are 4, or 8 with 128 rows of the weight and more": tile.warps == 4
@@ -193,6 +199,10 @@ def faults(
         "a tile lies in one half": not apart or (half_rows is not None and tile.bn > 0 and half_rows % tile.bn == 0),
     }
     return [rule for rule, kept in rules.items() if not kept]
+
+
+def _is_specialized(tile: Tile) -> bool:
+    return tile == replace(specialized_tile(tile.bm), group_m=tile.group_m)
 
 
 def layer_faults(tiles: LayerTiles, shape: LayerShape, capability: tuple[int, int]) -> list[str]:

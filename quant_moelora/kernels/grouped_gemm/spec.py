@@ -10,16 +10,18 @@ class Tile:
     """How a grouped GEMM is cut.
 
     Attributes:
-        bm: most rows of x in a tile, a power of two from 16 on. A tile with fewer rows takes the least height that
-            holds them: bm, bm/2, .. 16, and with ``mixed`` also one of these and a smaller one together.
-        bn: rows of the weight in a tile, 64, 128 or 256.
+        bm: most rows of x in a tile, a power of two from 16 on, or 192. A tile with fewer rows takes the least height
+            that holds them: bm, bm/2, .. 16, and with ``mixed`` also one of these and a smaller one together.
+        bn: rows of the weight in a tile, 64, 128 or 256; 64 a consumer.
         bk: columns of the weight in a step, 64 or 128.
-        warps: warps of a program.
+        warps: warps of a program; of one consumer.
         stages: steps whose loads are in flight.
         mixed: whether there are heights between powers of two (48 of 64; 80 and 96 of 128).
         split: programs that share the columns of a tile; more than one leave partial sums.
         registers: most registers of a thread, so that more programs fit; None for what the compiler takes.
         group_m: row tiles that sweep over the weight together, so that they find it in L2.
+        consumers: warpgroups that multiply in a block of the kernel in `specialized`, which has its own heights and a
+            bm of 32, 64, 128 or 192; 0 for the plain kernel.
     """
 
     bm: int
@@ -31,6 +33,7 @@ class Tile:
     split: int = 1
     registers: int | None = None
     group_m: int = 1
+    consumers: int = 0
 
     @property
     def overlaps(self) -> bool:
