@@ -50,7 +50,7 @@ def specialized_tile(bm: int) -> Tile:
     stores goes through 16 KB.
     """
     if bm == 128:
-        return Tile(128, 256, 64, stages=8, registers=96, group_m=2, consumers=4)
+        return Tile(128, 256, 64, stages=8, registers=96, group_m=6, consumers=4)
     assert bm == 192, bm
     return Tile(192, 192, 64, stages=6, registers=128, group_m=6, consumers=3)
 
