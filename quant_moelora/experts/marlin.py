@@ -160,7 +160,7 @@ class _Forward:
         """Sort the pairs, if they have to be or if it pays."""
         chosen = prepared.choose_tiles(routing.num_pairs)
         if sort or prepared.shape.act_order or not chosen.direct:
-            plan, tiles = align(routing, prepared.info.num_experts, chosen.bm, workspace)
+            plan, tiles = align(routing, prepared.info.num_experts, chosen.bm)
             return _Forward(prepared, routing, workspace, chosen, plan, tiles)
         return _Forward(prepared, routing, workspace, chosen, None, routing.topk_ids.reshape(-1))
 
