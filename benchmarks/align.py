@@ -16,7 +16,6 @@ import triton
 
 from benchmarks.record import provenance, write_rows
 from quant_moelora.core.routing import Routing
-from quant_moelora.core.workspace import Workspace
 from quant_moelora.kernels.align import launch, reference
 from quant_moelora.kernels.common.timing import graph_of, quantile, take_turns
 from quant_moelora.kernels.grouped_gemm.config import tile_rows
@@ -25,10 +24,10 @@ SHAPES = ((128, 8), (8, 2), (256, 8))  # experts, k
 ROUTINGS = 16  # of one graph
 COLUMNS = "experts top_k m slots tile_rows who p20_us p50_us p80_us".split()
 
-Align = Callable[[Routing, int, int, Workspace], object]
+Align = Callable[[Routing, int, int], object]
 CANDIDATES: Mapping[str, Align] = {
     "ours": launch.align,
-    "torch": lambda routing, experts, height, workspace: reference.align(routing, experts),
+    "torch": lambda routing, experts, height: reference.align(routing, experts),
 }
 
 
@@ -45,11 +44,8 @@ def measure(
     """Rows of all candidates for one size."""
     height = tile_rows(tokens * top_k, experts, torch.cuda.get_device_capability())
     routings = [random_routing(tokens, experts, top_k, slots) for _ in range(ROUTINGS)]
-    workspace = Workspace(torch.device("cuda"))
     graphs = [
-        graph_of(
-            [lambda align=align, routing=routing: align(routing, experts, height, workspace) for routing in routings]
-        )
+        graph_of([lambda align=align, routing=routing: align(routing, experts, height) for routing in routings])
         for align in candidates.values()
     ]
     for who, times in zip(candidates, take_turns([graph.replay for graph in graphs], rounds), strict=True):

@@ -19,7 +19,6 @@ from benchmarks.moe_case import SHAPES, Shape, random_info
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.routing import Routing
 from quant_moelora.core.weights import PackedWeight
-from quant_moelora.core.workspace import Workspace
 from quant_moelora.kernels.align.launch import align
 from quant_moelora.kernels.common.timing import graph_of, take_turns
 from quant_moelora.kernels.dequant.prepare import prepare
@@ -64,7 +63,7 @@ def compare(name: str, tokens: int, bits: int, rounds: int) -> None:
     wants: list[torch.Tensor] = []
     calls: dict[str, list[Callable[[], object]]] = {}
     for what, (t13, t2) in tiles_of(shape, pairs, bits).items():
-        plan, tiles = align(routing, shape.experts, t13.bm, Workspace(x.device))
+        plan, tiles = align(routing, shape.experts, t13.bm)
         one = (x, p13, tiles, plan.rows, shape.top_k, outs[0], t13, silu)
         two = (h, p2, tiles, plan.rows, None, outs[1], t2)
         calls[what] = [lambda a=one: grouped_gemm(*a), lambda a=two: grouped_gemm(*a)]

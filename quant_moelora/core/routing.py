@@ -10,7 +10,7 @@ from torch import Tensor
 from quant_moelora.core.checks import check_same_device, check_tensor
 from quant_moelora.core.errors import ShapeError
 
-NO_EXPERT = -1  # expert of a segment that holds nothing
+NO_EXPERT = -1  # expert of an empty row of the segments
 BASE_SLOT = -1  # slot of a token without an adapter
 
 
@@ -74,9 +74,11 @@ class Plan:
         rows: int32 [P]; rows[i] is the pair at sorted position i. Pairs without an expert come last.
         inverse: int32 [P]; inverse[p] is the sorted position of pair p.
         expert_offsets: int32 [E + 1]; expert e owns sorted positions expert_offsets[e]..expert_offsets[e+1]-1.
-        segments: int32 [P + 1, 3] of (expert, slot, first sorted position), in sorted order; None if no token can have
-            an adapter. A segment ends where the next one begins. Unused rows, the last one always among them, are
-            (-1, -1, expert_offsets[E]).
+        segments: int32 [P + 1, 3] of (expert, slot, first sorted position); None if no token can have an adapter.
+            Expert e's j-th segment is row expert_offsets[e] + j, so that where it stands depends on no other expert's
+            segments. Its other rows, up to expert_offsets[e + 1] - 1, are empty: (-1, -1, expert_offsets[e + 1]). Rows
+            from expert_offsets[E] on, the last one always among them, are (-1, -1, expert_offsets[E]). So first
+            positions never decrease, and a segment ends where the next row, empty or not, begins.
 
     Raises:
         ShapeError: on a wrong shape, dtype or device.

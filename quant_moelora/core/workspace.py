@@ -20,7 +20,6 @@ class Workspace:
         self.device = device
         # Tensors made in inference mode may not be written outside of it, so that each mode has its own.
         self._storage: dict[tuple[str, torch.dtype, bool], Tensor] = {}
-        self._kept: dict[tuple[str, tuple[int, ...], torch.dtype, bool], Tensor] = {}
         self._last: dict[str, Tensor] = {}
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -39,7 +38,7 @@ class Workspace:
         key = (name, dtype, torch.is_inference_mode_enabled())
         held = self._storage.get(key)
         if held is None or held.numel() < numel:
-            if self._capturing():
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise BackendError(
                     f"workspace buffer {name}",
                     got=f"a request for {numel} elements while capturing a CUDA graph",
@@ -51,32 +50,6 @@ class Workspace:
         self._last[name] = held[:numel].view(shape)
         return self._last[name]
 
-    def zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The tensor ``name`` of ``shape`` and ``dtype``: zero when it is made, then as its users left it.
-
-        For integers by which the programs of a kernel find each other, also while autograd records.
-
-        Raises:
-            BackendError: a CUDA graph is being captured and the tensor does not exist: it would be set to zero by each
-                replay, and by nothing before the first.
-        """
-        key = (name, shape, dtype, torch.is_inference_mode_enabled())
-        held = self._kept.get(key)
-        if held is None:
-            if self._capturing():
-                raise BackendError(
-                    f"workspace tensor {name}",
-                    got="a first request while capturing a CUDA graph",
-                    rule="it is made and set to zero before",
-                    remedy="run one forward before the capture",
-                )
-            held = torch.zeros(shape, dtype=dtype, device=self.device)
-            self._kept[key] = held
-        return held
-
-    def _capturing(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
     def last(self, name: str) -> Tensor:
         """The tensor that `buffer` last made under this name: how one step of a forward hands over to a later one."""
         return self._last[name]
@@ -84,4 +57,4 @@ class Workspace:
     @property
     def nbytes(self) -> int:
         """Bytes held by all buffers."""
-        return sum(held.nbytes for held in (*self._storage.values(), *self._kept.values()))
+        return sum(buffer.nbytes for buffer in self._storage.values())

@@ -97,34 +97,3 @@ def test_growing_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(BackendError, match=r"buffer h: .*expected at most the 0 elements warmed up"):
         ws.buffer("h", (1,), torch.float32)
     assert ws.buffer("y", (2, 3), torch.float32).data_ptr() == warm.data_ptr()  # what was warmed up serves
-
-
-def test_zeros_are_zero_once_and_then_as_they_were_left() -> None:
-    ws = Workspace(CPU)
-    first = ws.zeros("align", (3,), torch.int64)
-    assert first.tolist() == [0, 0, 0]
-    first[1] = 5
-    with torch.no_grad():  # and, unlike a buffer, while autograd records
-        assert ws.zeros("align", (3,), torch.int64) is first
-    assert ws.zeros("align", (3,), torch.int64).tolist() == [0, 5, 0]
-    assert ws.nbytes == 3 * 8
-
-
-def test_zeros_of_other_names_and_shapes_are_kept_apart() -> None:
-    ws = Workspace(CPU)
-    ws.zeros("align", (3,), torch.int64).fill_(7)
-    for name, shape in (("align", (2,)), ("align", (4,)), ("sum", (3,))):
-        assert not ws.zeros(name, shape, torch.int64).any()
-    with torch.inference_mode():
-        assert not ws.zeros("align", (3,), torch.int64).any()
-    assert ws.zeros("align", (3,), torch.int64).fill_(1).tolist() == [1, 1, 1]
-
-
-def test_first_zeros_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    ws = Workspace(CPU)
-    made = ws.zeros("align", (3,), torch.int64)
-    ws.device = torch.device("cuda")
-    assert ws.zeros("align", (3,), torch.int64) is made
-    with pytest.raises(BackendError, match=r"workspace tensor align: got a first request while capturing a CUDA graph"):
-        ws.zeros("align", (4,), torch.int64)

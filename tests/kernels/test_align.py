@@ -16,7 +16,7 @@ Segment = tuple[int, int, int]
 
 
 def slow_align(routing: Routing, num_experts: int) -> tuple[list[int], list[int], list[int], list[Segment]]:
-    """rows, inverse, expert_offsets and used segments, by hand."""
+    """rows, inverse, expert_offsets and segments, by hand."""
     ids = routing.topk_ids.flatten().tolist()
     slots = [-1] * routing.num_tokens if routing.slots is None else routing.slots.tolist()
     rows: list[int] = []
@@ -28,6 +28,8 @@ def slow_align(routing: Routing, num_experts: int) -> tuple[list[int], list[int]
             segments.append((expert, slot, len(rows)))
             rows += [pair for pair in mine if slots[pair // routing.top_k] == slot]
         offsets.append(len(rows))
+        segments += [(-1, -1, len(rows))] * (len(rows) - len(segments))
+    segments += [(-1, -1, len(rows))] * (len(ids) + 1 - len(rows))
     rows += [pair for pair, chosen in enumerate(ids) if not 0 <= chosen < num_experts]
     inverse = [rows.index(pair) for pair in range(len(ids))]
     return rows, inverse, offsets, segments
@@ -40,15 +42,13 @@ def segments_of(plan: Plan) -> Tensor:
 
 def check(plan: Plan, routing: Routing, num_experts: int) -> None:
     rows, inverse, offsets, segments = slow_align(routing, num_experts)
-    pairs = routing.num_pairs
     for tensor in (plan.rows, plan.inverse, plan.expert_offsets, segments_of(plan)):
         assert tensor.dtype == torch.int32 and tensor.device == routing.topk_ids.device
     assert plan.rows.tolist() == rows
     assert plan.inverse.tolist() == inverse
     assert plan.expert_offsets.tolist() == offsets
-    assert segments_of(plan).shape == (pairs + 1, 3)
-    unused = [(-1, -1, offsets[-1])] * (pairs + 1 - len(segments))
-    assert [tuple(row) for row in segments_of(plan).tolist()] == segments + unused
+    assert segments_of(plan).shape == (routing.num_pairs + 1, 3)
+    assert [tuple(row) for row in segments_of(plan).tolist()] == segments
 
 
 def mixed_slots(tokens: int) -> Tensor:
@@ -104,6 +104,16 @@ def test_slots_order_within_an_expert_and_base_goes_first() -> None:
     assert plan.rows.tolist() == [4, 1, 2, 3, 0]
     used = [[0, -1, 0], [0, 1, 1], [1, -1, 2], [1, 0, 3], [1, 2, 4]]
     assert segments_of(plan).tolist() == [*used, [-1, -1, 5]]
+
+
+def test_segments_of_an_expert_begin_in_its_first_row() -> None:
+    """What its pairs leave empty ends the segment before it, and begins where the next expert does."""
+    ids = torch.tensor([[3], [0], [0], [0], [3], [5], [1], [1]])
+    slots = torch.tensor([1, 2, -1, 2, 1, 0, 4, 3], dtype=torch.int32)
+    plan = align(Routing(ids, torch.ones(8, 1), slots), 5)
+    assert plan.expert_offsets.tolist() == [0, 3, 5, 5, 7, 7]
+    first, second, fourth = [[0, -1, 0], [0, 2, 1], [-1, -1, 3]], [[1, 3, 3], [1, 4, 4]], [[3, 1, 5], [-1, -1, 7]]
+    assert segments_of(plan).tolist() == [*first, *second, *fourth, [-1, -1, 7], [-1, -1, 7]]
 
 
 def test_the_last_slot_of_an_expert_stays_with_it() -> None:

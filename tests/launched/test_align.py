@@ -8,62 +8,69 @@ import pytest
 import torch
 from torch import Tensor
 
+from quant_moelora.core.errors import ShapeError
 from quant_moelora.core.routing import Plan, Routing
-from quant_moelora.core.workspace import Workspace
 from quant_moelora.kernels.align import reference
-from quant_moelora.kernels.align.launch import align, num_tiles
+from quant_moelora.kernels.align.launch import align
 from tests.builders import move, routing
 from tests.kernels.test_align import mixed_slots, slow_align
 from tests.launched.cases import DEVICE, INTERPRETED, MARKS
 
 pytestmark = MARKS
-HEIGHT = pytest.mark.parametrize("height", [16, 128])
+HEIGHT = pytest.mark.parametrize("height", [16, 48, 192])
 
 
-def check_tiles(tiles: Tensor, offsets: list[int], height: int) -> None:
-    """Every sorted row of an expert is in one tile of that expert, and in no second one."""
-    tile_of: dict[int, int] = {}
-    for number, (expert, begin, count, _) in enumerate(tiles.tolist()):
-        assert 0 <= count <= height
-        assert 0 <= expert < len(offsets) - 1, "also of an empty tile: it may be used as an index"
-        if count:
-            assert offsets[expert] <= begin and begin + count <= offsets[expert + 1]
-            for row in range(begin, begin + count):
-                assert row not in tile_of
-                tile_of[row] = number
-    assert sorted(tile_of) == list(range(offsets[-1]))
-    # As few as there can be.
-    used = [-(-(end - begin) // height) for begin, end in itertools.pairwise(offsets)]
-    assert len(set(tile_of.values())) == sum(used)
+def tile_list(offsets: list[int], height: int, length: int) -> list[tuple[int, int, int, int]]:
+    """The list of tiles as `align` states it: every row of every expert, in order, and no place twice."""
+    tiles: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)] * length
+    for expert, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        place = min(begin, expert + begin // height)
+        assert not any(map(any, tiles[place:])), "lower experts' tiles come before"
+        for row in range(begin, end, height):
+            assert place < length
+            tiles[place] = (expert, row, min(height, end - row), 0)
+            place += 1
+    return tiles
 
 
-def launched(case: Routing, experts: int, height: int, workspace: Workspace | None = None) -> tuple[Plan, Tensor]:
-    """`align` on the device, in a workspace of its own if none is given."""
-    return align(move(case, DEVICE), experts, height, workspace or Workspace(DEVICE))
+def check_tiles(tiles: Tensor, offsets: list[int], height: int, length: int) -> None:
+    assert [tuple(tile) for tile in tiles.tolist()] == tile_list(offsets, height, length)
 
 
-def check(case: Routing, experts: int, height: int, workspace: Workspace | None = None) -> None:
+def least_length(pairs: int, experts: int, height: int) -> int:
+    """The place of the tiles of an expert after all others, if there were one more and all pairs had lower ones."""
+    return min(pairs, experts + pairs // height)
+
+
+def launched(case: Routing, experts: int, height: int, length: int | None = None) -> tuple[Plan, Tensor]:
+    """`align` on the device."""
+    return align(move(case, DEVICE), experts, height, length)
+
+
+def check(case: Routing, experts: int, height: int, length: int | None = None) -> None:
     """Against the slow statement. Outputs are poisoned by `conftest`."""
-    plan, tiles = launched(case, experts, height, workspace)
+    plan, tiles = launched(case, experts, height, length)
     rows, inverse, offsets, segments = slow_align(case, experts)
     for tensor in (plan.rows, plan.inverse, plan.expert_offsets, tiles):
         assert tensor.dtype == torch.int32 and tensor.device.type == DEVICE.type
     assert plan.rows.tolist() == rows
     assert plan.inverse.tolist() == inverse
     assert plan.expert_offsets.tolist() == offsets
-    assert tiles.shape == (num_tiles(case.num_pairs, experts, height), 4)
-    check_tiles(tiles, offsets, height)
+    if length is None:
+        length = least_length(case.num_pairs, experts, height)
+    assert tiles.shape == (length, 4)
+    check_tiles(tiles, offsets, height, length)
     if case.slots is None:
         assert plan.segments is None
         return
     assert plan.segments is not None
-    unused = [(-1, -1, offsets[-1])] * (case.num_pairs + 1 - len(segments))
-    assert [tuple(row) for row in plan.segments.tolist()] == segments + unused
+    assert plan.segments.shape == (case.num_pairs + 1, 3)
+    assert [tuple(row) for row in plan.segments.tolist()] == segments
 
 
-def check_large(case: Routing, experts: int, height: int, workspace: Workspace | None = None) -> None:
+def check_large(case: Routing, experts: int, height: int) -> None:
     """Against torch's sort, which is fast enough for many pairs."""
-    check_plan(*launched(case, experts, height, workspace), case, experts, height)
+    check_plan(*launched(case, experts, height), case, experts, height)
 
 
 def check_plan(plan: Plan, tiles: Tensor, case: Routing, experts: int, height: int) -> None:
@@ -71,7 +78,7 @@ def check_plan(plan: Plan, tiles: Tensor, case: Routing, experts: int, height: i
     want = reference.align(case, experts)
     for name in ("rows", "inverse", "expert_offsets", *(() if case.slots is None else ("segments",))):
         assert torch.equal(getattr(plan, name).cpu(), getattr(want, name)), name
-    check_tiles(tiles, want.expert_offsets.tolist(), height)
+    check_tiles(tiles, want.expert_offsets.tolist(), height, least_length(case.num_pairs, experts, height))
 
 
 def random_slots(tokens: int, slots: int) -> Tensor:
@@ -120,8 +127,34 @@ def test_tiles_of_full_short_and_empty_experts(counts: tuple[int, ...], height: 
     check(Routing(ids[torch.randperm(len(ids))][:, None], torch.ones(len(ids), 1)), 4, height)
 
 
-def test_nobody_has_an_expert() -> None:
-    check(Routing(torch.full((9, 2), -1), torch.ones(9, 2)), 4, 16)
+@HEIGHT
+@pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
+@pytest.mark.parametrize("pairs", [1, 5, 49, 70])
+@pytest.mark.parametrize("experts", [1, 6, 9])
+def test_all_pairs_have_one_expert_or_none(experts: int, pairs: int, lora: bool, height: int) -> None:
+    """The first or the last expert, so that all gaps come after or before it; also fewer pairs than experts."""
+    slots = mixed_slots(pairs) if lora else None
+    for expert in (0, experts - 1, experts):
+        check(Routing(torch.full((pairs, 1), expert), torch.ones(pairs, 1), slots), experts, height)
+
+
+@pytest.mark.parametrize("pairs", [0, 1, 5, 64, 66, 130])
+@pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
+def test_a_list_as_long_as_asked_for(lora: bool, pairs: int) -> None:
+    """Of one length whatever the height of tiles, and by one tile longer than the least."""
+    case = routing(pairs, 1, 7, slots=mixed_slots(pairs) if lora else None)
+    for height in (16, 192):
+        for length in (least_length(pairs, 7, height) + 1, 7 + pairs // 16):
+            check(case, 7, height, length)
+
+
+def test_a_list_that_is_too_short() -> None:
+    case = routing(100, 1, 3)
+    with pytest.raises(
+        ShapeError, match=r"list of tiles: got 8 tiles of 16 rows for 100 pairs and 3 experts, expected"
+    ):
+        launched(case, 3, 16, 8)
+    launched(case, 3, 16, 9)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
@@ -159,21 +192,6 @@ def test_many_keys(most: int, keys: int, tokens: int) -> None:
     experts = max(divisor for divisor in range(1, most + 1) if keys % divisor == 0)
     given = random_slots(tokens, keys // experts)
     check_large(routing(tokens, 8 if tokens > 40 else 2, experts, slots=given), experts, 16)
-
-
-def test_programs_tell_the_launch_before_apart() -> None:
-    """Launch after launch with the same words, with many tiles and segments and then with few, some without any."""
-    workspace = Workspace(DEVICE)
-    for tokens, lora in ((90, True), (36, True), (90, False), (20, True), (36, False), (90, True), (90, True)):
-        slots = random_slots(tokens, 31) if lora else None
-        check(routing(tokens, 2, 5, slots=slots), 5, 16, workspace)
-        check(Routing(torch.full((tokens, 2), 4), torch.ones(tokens, 2), slots), 5, 16, workspace)
-
-
-def test_layers_of_different_sizes_may_share_a_workspace() -> None:
-    workspace = Workspace(DEVICE)
-    for experts in (5, 3, 5, 8, 3):
-        check(routing(40, 2, experts, slots=mixed_slots(40)), experts, 16, workspace)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.routing import Routing
-from quant_moelora.core.workspace import Workspace
 from quant_moelora.kernels.align.launch import align
 from quant_moelora.kernels.grouped_gemm import launch
 from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
@@ -61,7 +60,7 @@ def run(
     """Launch into a poisoned output with ``columns``, by default all that are stored."""
     weight, columns = built.weight, columns or built.weight.rows
     top_k = case.top_k if mode in ("gather", "direct tokens") else None
-    plan, tiles = align(move(case, DEVICE), EXPERTS, tile.bm, Workspace(DEVICE))
+    plan, tiles = align(move(case, DEVICE), EXPERTS, tile.bm)
     rows: Tensor | None = plan.rows
     pairs = plan.rows.tolist()
     if mode in ("direct tokens", "direct pairs"):
@@ -280,7 +279,7 @@ def test_rows_more_than_2_to_the_31_apart(dtype: torch.dtype) -> None:
     x = memory.as_strided((3, 64), (2**30, 1))
     x.copy_(torch.randn(3, 64))
     case = routing(3, 2, EXPERTS, holes=False)
-    plan, tiles = align(move(case, DEVICE), EXPERTS, 16, Workspace(DEVICE))
+    plan, tiles = align(move(case, DEVICE), EXPERTS, 16)
     out, weight = poison(6, 64, dtype=dtype), built.weight.to(DEVICE)
     grouped_gemm(x, prepared(weight, dtype), tiles, plan.rows, 2, out, LOWEST)
     check(built, x.cpu(), case, "gather", Product(out.cpu(), plan.rows.tolist()))

@@ -17,7 +17,6 @@ import torch
 from quant_moelora.core import packing
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.routing import Routing
-from quant_moelora.core.workspace import Workspace
 from quant_moelora.kernels.align.launch import align
 from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
 from quant_moelora.kernels.grouped_gemm.spec import Tile
@@ -120,9 +119,7 @@ def test_rows_that_begin_anywhere(columns: int) -> None:
     memory = torch.full((320, 150), torch.nan, dtype=torch.bfloat16, device=DEVICE)
     x = memory[:, 3 : 3 + columns]
     x.copy_(torch.randn(320, columns))
-    plan, tiles = align(
-        Routing(case.topk_ids.to(DEVICE), case.topk_weights.to(DEVICE)), EXPERTS, 192, Workspace(DEVICE)
-    )
+    plan, tiles = align(Routing(case.topk_ids.to(DEVICE), case.topk_weights.to(DEVICE)), EXPERTS, 192)
     out, weight = poison(320, 64, dtype=x.dtype), built.weight.to(DEVICE)
     grouped_gemm(x, prepared(weight, x.dtype), tiles, plan.rows, 1, out, specialized_tile(192))
     want = run(built, x.cpu(), case, "gather", Tile(64, 64, 64))
@@ -157,7 +154,7 @@ def test_rows_more_than_2_to_the_31_apart() -> None:
     weight = built.weight.to(DEVICE)
     outs = [poison(6, 64, dtype=x.dtype) for _ in range(2)]
     for out, tile in zip(outs, (specialized_tile(192), Tile(16, 64, 64)), strict=True):
-        plan, tiles = align(case, EXPERTS, tile.bm, Workspace(DEVICE))
+        plan, tiles = align(case, EXPERTS, tile.bm)
         grouped_gemm(x, prepared(weight, x.dtype), tiles, plan.rows, 2, out, tile)
     assert not outs[0].isnan().any() and same_bits(*outs)
 
@@ -174,7 +171,7 @@ def test_the_same_bits_each_time(bm: int, activation: Activation | None) -> None
     columns = weight.rows if activation is None else weight.n_pad
 
     def product(tile: Tile) -> torch.Tensor:
-        plan, tiles = align(Routing(ids, torch.ones(6000, 1, device=DEVICE)), 16, tile.bm, Workspace(DEVICE))
+        plan, tiles = align(Routing(ids, torch.ones(6000, 1, device=DEVICE)), 16, tile.bm)
         out = poison(6000, columns, dtype=x.dtype)
         return grouped_gemm(x, made, tiles, plan.rows, 1, out, tile, activation)
 
@@ -193,7 +190,7 @@ def test_a_cuda_graph_follows_the_routing() -> None:
     ids, weights = torch.zeros(900, 2, dtype=torch.int32, device=DEVICE), torch.ones(900, 2, device=DEVICE)
 
     def product(tile: Tile) -> torch.Tensor:
-        plan, tiles = align(Routing(ids, weights), 8, tile.bm, Workspace(DEVICE))
+        plan, tiles = align(Routing(ids, weights), 8, tile.bm)
         out = poison(1800, 320, dtype=x.dtype)
         return grouped_gemm(x, made, tiles, plan.rows, 2, out, tile)
 

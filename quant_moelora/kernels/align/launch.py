@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from quant_moelora.core.errors import ShapeError
 from quant_moelora.core.routing import Plan, Routing
-from quant_moelora.core.workspace import Workspace
-from quant_moelora.kernels.common.launch import options, overlaps
+from quant_moelora.kernels.common.launch import launch, overlaps
 
 _FEW = 64  # pairs, of which each program compares all with all
 _BLOCK = 4096  # pairs that a program looks at together, at most
 
 
-def align(routing: Routing, num_experts: int, tile_rows: int, workspace: Workspace) -> tuple[Plan, Tensor]:
-    """The Plan of a routing, and its tiles of at most ``tile_rows`` rows: int32 [T, 4], T as `num_tiles`.
+def align(routing: Routing, num_experts: int, tile_rows: int, length: int | None = None) -> tuple[Plan, Tensor]:
+    """The Plan of a routing, and its list of tiles: int32 [length, 4]. Nothing waits for the device.
 
-    A tile is (expert, first sorted row, rows, unused); tiles that no expert needs have no rows and come last. Nothing
-    waits for the device. The Plan has segments if the routing has slots.
+    A tile is (expert, first sorted row, rows, 0), and expert e's tiles stand in their order from place
+    min(b, e + b // tile_rows) on, with b = plan.expert_offsets[e]: from e to e + 1 each of the two grows by at least
+    the tiles that e needs, so that the lower one does. Places between and after are tiles without rows, (0, 0, 0, 0).
+    The Plan has segments if the routing has slots.
 
     Args:
         routing: what the router decided.
         num_experts: E.
-        tile_rows: any number.
-        workspace: holds what the programs of a launch tell one another; see `Workspace` on streams.
+        tile_rows: the most rows of a tile; not only powers of two.
+        length: of the list; by default the least, `num_tiles`. What is more has no rows.
 
     Raises:
-        BackendError: see `Workspace.zeros`.
+        ShapeError: a list shorter than that.
     """
-    state = workspace.zeros("align", (num_experts + 2,), torch.int64)
     rows, inverse, offsets, segments, tiles = align_tensors(
-        routing.topk_ids, routing.slots, state, num_experts, tile_rows
+        routing.topk_ids, routing.slots, num_experts, tile_rows, length
     )
     return Plan(rows, inverse, offsets, segments), tiles
 
@@ -40,12 +39,20 @@ def align(routing: Routing, num_experts: int, tile_rows: int, workspace: Workspa
 def align_tensors(
     topk_ids: Tensor,  # (M, k) int32 or int64
     slots: Tensor | None,  # (M,) int32
-    state: Tensor,  # (E + 2,) int64, zero before the first launch and then left as it is
     num_experts: int,
     tile_rows: int,
+    length: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """rows, inverse, expert_offsets and segments of the Plan, and the tiles; see `align`."""
     pairs, device = topk_ids.numel(), topk_ids.device
+    least = num_tiles(pairs, num_experts, tile_rows)
+    if length is not None and length < least:
+        raise ShapeError(
+            "list of tiles",
+            got=f"{length} tiles of {tile_rows} rows for {pairs} pairs and {num_experts} experts",
+            rule=f"at least {least}",
+            remedy="leave the length out, or pass num_tiles(...) or more",
+        )
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
@@ -53,13 +60,15 @@ def align_tensors(
     order = new(1 if slots is None else 2, pairs)  # the second row is where pairs are put while they are sorted
     inverse, offsets = new(pairs), new(num_experts + 1)
     segments = None if slots is None else new(pairs + 1, 3)
-    tiles = new(num_tiles(pairs, num_experts, tile_rows), 4)
+    tiles = new(least if length is None else length, 4)
     from quant_moelora.kernels.align.kernel import align_kernel
 
-    kernel: Any = align_kernel  # Triton's launcher has no types
     block, size, warps = _blocks(pairs)
     overlap = overlaps(device)
-    kernel[(num_experts + 1,)](
+    launch(
+        align_kernel,
+        (num_experts + 1,),
+        tiles,
         topk_ids.contiguous(),
         None if slots is None else slots.contiguous(),
         order,
@@ -67,18 +76,16 @@ def align_tensors(
         offsets,
         segments,
         tiles,
-        state,
         pairs,
         num_experts,
         len(tiles),
         TOP_K=topk_ids.shape[1],
         BM=tile_rows,
-        BINS=1 << (num_experts - 1).bit_length(),
         BLOCK=block,
         SIZE=size,
         FEW=pairs <= _FEW,
         OVERLAP=overlap,
-        **options(overlap),
+        overlap=overlap,
         num_warps=warps,
     )
     return order[0], inverse, offsets, segments, tiles
@@ -95,5 +102,5 @@ def _blocks(pairs: int) -> tuple[int, int, int]:
 
 
 def num_tiles(num_pairs: int, num_experts: int, tile_rows: int) -> int:
-    """Tiles that a routing can need: each expert's last one may be short."""
-    return min(num_pairs, num_experts) + num_pairs // tile_rows
+    """Length of the list of tiles: the place of an expert E's, if all pairs had lower ones; see `align`."""
+    return min(num_pairs, num_experts + num_pairs // tile_rows)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quant_moelora.core.routing import Plan, Routing
-from quant_moelora.kernels.align import launch
+from quant_moelora.kernels.align.launch import align_tensors
 from quant_moelora.kernels.common.library import define, fields
 from quant_moelora.kernels.grouped_gemm.choice import TileSource
 
@@ -36,16 +36,13 @@ def _compute(
     shape: str,
     tuned_configs: str,
 ) -> Sequence[Tensor]:  # rows, inverse, expert_offsets, segments, tiles
-    """See `Plan`; tiles are those of `launch.align` and then tiles without rows."""
-    *_, (listed, _) = _results(topk_ids, slots, num_experts, shape, tuned_configs)
-    weights = topk_ids.new_empty((), dtype=torch.float32).expand_as(topk_ids)  # which no order depends on
+    """See `Plan`; the list of tiles is as long as that of the lowest ones."""
+    pairs = topk_ids.numel()
     with torch.cuda.device_of(topk_ids):  # Triton launches on the current device, whichever the tensors are on
-        height = TileSource(shape, tuned_configs).tiles(max(1, topk_ids.numel()), topk_ids.device).bm
-        plan, tiles = launch.align(Routing(topk_ids, weights, slots), num_experts, height)
-        padded = tiles.new_zeros(listed)
-        padded[: len(tiles)] = tiles
-    segments = tiles.new_empty(0, 3) if plan.segments is None else plan.segments
-    return plan.rows, plan.inverse, plan.expert_offsets, segments, padded
+        height = TileSource(shape, tuned_configs).tiles(max(1, pairs), topk_ids.device).bm
+        length = num_experts + pairs // _LEAST_HEIGHT
+        rows, inverse, offsets, segments, tiles = align_tensors(topk_ids, slots, num_experts, height, length)
+    return rows, inverse, offsets, tiles.new_empty(0, 3) if segments is None else segments, tiles
 
 
 def _write(

@@ -30,10 +30,13 @@ def align(routing: Routing, num_experts: int) -> Plan:
     first = torch.ones(pairs, dtype=torch.bool, device=device)
     first[1:] = key[1:] != key[:-1]
     first &= valid[rows]
+    opened = torch.cat((counts.new_zeros(1), first.cumsum(0)))  # segments that begin before each position
+    begin = expert_offsets[expert[rows]]
     # Positions that begin no segment are written to a row past the end, which is dropped.
-    target = torch.where(first, first.cumsum(0) - 1, pairs + 1)
-    begin = torch.stack((expert[rows], slot[rows], torch.arange(pairs, device=device)), dim=1)
-    unused = torch.stack((*torch.full((2,), NO_EXPERT, device=device).unbind(), expert_offsets[-1]))
-    segments = unused.repeat(pairs + 2, 1).index_copy_(0, target, begin)
+    target = torch.where(first, begin + opened[:-1] - opened[begin], pairs + 1)
+    used = torch.stack((expert[rows], slot[rows], torch.arange(pairs, device=device)), dim=1)
+    ends = expert_offsets[(expert[rows] + 1).clamp(max=num_experts)]
+    empty = torch.cat((ends, expert_offsets[-1:].expand(2)))[:, None]
+    segments = torch.cat((torch.full_like(empty, NO_EXPERT).expand(-1, 2), empty), dim=1).index_copy_(0, target, used)
     segments = segments[: pairs + 1]
     return Plan(*(t.to(torch.int32) for t in (rows, inverse, expert_offsets, segments)))

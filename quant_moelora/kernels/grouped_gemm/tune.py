@@ -27,7 +27,6 @@ from quant_moelora.core.errors import BackendError, UnsupportedError
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Plan, Routing
 from quant_moelora.core.weights import PackedWeight
-from quant_moelora.core.workspace import Workspace
 from quant_moelora.kernels.activation.launch import activate
 from quant_moelora.kernels.align.launch import align
 from quant_moelora.kernels.common.launch import capability, gpu_name
@@ -221,9 +220,7 @@ class Point:
         if self.direct:
             return None, routing.topk_ids.reshape(-1)
         if (number, bm) not in self._plans:
-            self._plans[number, bm] = align(
-                routing, self.weights.problem.info.num_experts, bm, Workspace(self.weights.device)
-            )
+            self._plans[number, bm] = align(routing, self.weights.problem.info.num_experts, bm)
         return self._plans[number, bm]
 
     def result(self, gemm: Gemm, cut: Cut) -> Tensor:
