@@ -11,7 +11,7 @@ from torch import Tensor
 from quant_moelora.core.errors import ShapeError
 from quant_moelora.core.routing import Plan, Routing
 from quant_moelora.kernels.align import reference
-from quant_moelora.kernels.align.launch import align
+from quant_moelora.kernels.align.launch import COMPACT, align
 from tests.builders import move, routing
 from tests.kernels.test_align import mixed_slots, slow_align
 from tests.launched.cases import DEVICE, INTERPRETED, MARKS
@@ -30,6 +30,8 @@ def tile_list(offsets: list[int], height: int, length: int) -> list[tuple[int, i
             assert place < length
             tiles[place] = (expert, row, min(height, end - row), 0)
             place += 1
+    if height >= COMPACT:  # those that have rows first
+        tiles.sort(key=lambda tile: not tile[2])
     return tiles
 
 

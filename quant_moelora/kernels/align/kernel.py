@@ -289,3 +289,29 @@ def align_kernel(
     if slots is not None:  # the row that says where the last segment ends
         last = tl.arange(0, 4)
         tl.store(segments + num_pairs * 3 + last, tl.where(last < 2, -1, begin), mask=(last < 3) & (own == num_experts))
+
+
+@triton.jit
+def compact_kernel(
+    listed,  # (T, 4) int32
+    tiles,  # (T, 4) int32
+    num_tiles,
+    SIZE: tl.constexpr,  # tiles that are looked at together
+    OVERLAP: tl.constexpr,
+):
+    """The tiles that have rows, in their order, and then as many without; for one program."""
+    follow(OVERLAP)
+    held = 0
+    for first in tl.range(0, num_tiles, SIZE):
+        tile = first + tl.arange(0, SIZE)
+        count = tl.load(listed + tile * 4 + 2, mask=tile < num_tiles, other=0)
+        real = count > 0
+        place = held + tl.cumsum(real.to(tl.int32), 0) - 1
+        tl.store(tiles + place * 4, tl.load(listed + tile * 4, mask=real, other=0), mask=real)
+        tl.store(tiles + place * 4 + 1, tl.load(listed + tile * 4 + 1, mask=real, other=0), mask=real)
+        tl.store(tiles + place * 4 + 2, count, mask=real)
+        tl.store(tiles + place * 4 + 3, 0, mask=real)
+        held += tl.sum(real.to(tl.int32), 0)
+    for first in tl.range(held * 4, num_tiles * 4, SIZE):
+        word = first + tl.arange(0, SIZE)
+        tl.store(tiles + word, 0, mask=word < num_tiles * 4)

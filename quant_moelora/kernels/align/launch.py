@@ -9,6 +9,7 @@ from quant_moelora.core.errors import ShapeError
 from quant_moelora.core.routing import Plan, Routing
 from quant_moelora.kernels.common.launch import launch, overlaps
 
+COMPACT = 128  # rows of a tile, from which on the list has no gaps
 _FEW = 64  # pairs, of which each program compares all with all
 _BLOCK = 4096  # pairs that a program looks at together, at most
 
@@ -19,6 +20,8 @@ def align(routing: Routing, num_experts: int, tile_rows: int, length: int | None
     A tile is (expert, first sorted row, rows, 0), and expert e's tiles stand in their order from place
     min(b, e + b // tile_rows) on, with b = plan.expert_offsets[e]: from e to e + 1 each of the two grows by at least
     the tiles that e needs, so that the lower one does. Places between and after are tiles without rows, (0, 0, 0, 0).
+    With `COMPACT` rows a tile and more, a second launch moves those behind all others: then a GPU has few blocks, each
+    of which takes tile after tile, and they share the work evenly only if every tile has rows.
     The Plan has segments if the routing has slots.
 
     Args:
@@ -88,7 +91,21 @@ def align_tensors(
         overlap=overlap,
         num_warps=warps,
     )
-    return order[0], inverse, offsets, segments, tiles
+    return order[0], inverse, offsets, segments, _compact(tiles) if tile_rows >= COMPACT else tiles
+
+
+def _compact(
+    listed: Tensor,  # (T, 4) int32
+) -> Tensor:  # (T, 4) int32
+    """The list with all tiles that have rows first."""
+    from quant_moelora.kernels.align.kernel import compact_kernel
+
+    tiles = torch.empty_like(listed)
+    if not len(listed):
+        return tiles
+    overlap = overlaps(listed.device)
+    launch(compact_kernel, (1,), tiles, listed, tiles, len(listed), SIZE=1024, OVERLAP=overlap, overlap=overlap)
+    return tiles
 
 
 def _blocks(pairs: int) -> tuple[int, int, int]:
