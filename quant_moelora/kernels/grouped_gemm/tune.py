@@ -288,13 +288,23 @@ def tune_point(point: Point, clock: Clock, rounds: int, failed: frozenset[tuple[
 
 
 def _final(point: Point, own: LayerTiles, found: LayerTiles, clock: Clock, rounds: int) -> Entry:
-    """The formula's tiles against those that were found, once more and by themselves."""
+    """The formula's tiles against those that were found, once more, both GEMMs in turn as a layer launches them.
+
+    What a kernel leaves to the next one counts here: 5 stages made DeepSeek-V3's layer 4 us slower at one token, where
+    w13 and w2 by themselves had become 5 us faster (benchmarks/NOTES.md).
+    """
     teams = [cuts_of(tiles) for tiles in dict.fromkeys((own, found))]
-    times = clock([point.calls(gemm, team[gemm]) for team in teams for gemm in GEMMS], rounds)
-    own_us, found_us = sum(times[:2]), sum(times[-2:])
+    times = clock([_in_turn(*(point.calls(gemm, team[gemm]) for gemm in GEMMS)) for team in teams], rounds)
+    own_us, found_us = len(GEMMS) * times[0], len(GEMMS) * times[-1]
     better = found_us < own_us * (1.0 - GAIN)
     tiles, us = (found, found_us) if better else (own, own_us)
     return Entry(point.pairs, tiles.w13, tiles.w13_fused, tiles.w2, round(us, 2), round(own_us, 2))
+
+
+def _in_turn(first: Calls, second: Calls) -> Calls:
+    """A call of one after a call of the other; the shorter one is gone through again."""
+    count = max(len(first), len(second))
+    return [calls[i % len(calls)] for i in range(count) for calls in (first, second)]
 
 
 def tune(
