@@ -166,8 +166,10 @@ def test_errors_are_those_of_eager_mode() -> None:
     x, ids, weights = batch(5)
     with pytest.raises(Unsupported, match=r"ShapeError"):
         torch.compile(experts, fullgraph=True, backend=Counting())(x, ids[:4], weights[:4])
-    with pytest.raises((ShapeError, Unsupported), match=r"topk_ids: got 4 tokens, expected 5 tokens|raise ShapeError"):
-        torch.compile(experts, backend=Counting())(x, ids[:4], weights[:4])  # torch 2.11 says in which line of ours
+    # torch 2.11's compiler fails where an error is raised behind a graph break, and names the line that raises it.
+    raised = (ShapeError, Unsupported, AssertionError)
+    with pytest.raises(raised, match=r"topk_ids: got 4 tokens, expected 5 tokens|raise ShapeError"):
+        torch.compile(experts, backend=Counting())(x, ids[:4], weights[:4])
 
 
 def marlin_layer(experts: MoEExperts) -> MarlinLayer:
