@@ -52,7 +52,7 @@ class Product:
         """Multiply each row with its expert's weight; see `grouped_gemm`."""
         top_k = self.topk_ids.shape[1] if gather else None
         if weight.k_perm is not None:
-            assert self.rows is not None and gather  # only w13 has one, and `layer_tiles` has its pairs sorted
+            assert self.rows is not None and gather  # only w13 has one, and its pairs are sorted (`formula`)
             copies = x.new_empty(weight.halves, self.topk_ids.numel(), weight.k_pad)
             x, top_k = by_half(x, weight, self.topk_ids, self.rows, copies), None
         return grouped_gemm(x, weight, self.tiles, self.rows, top_k, out, tile, activation)
