@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from quant_moelora.core.activations import Activation
-from quant_moelora.core.routing import Routing
 from quant_moelora.kernels.activation.launch import activate
-from quant_moelora.kernels.align.launch import align
+from quant_moelora.kernels.align.launch import align_tensors
 from quant_moelora.kernels.common.library import define, fields
 from quant_moelora.kernels.dequant.prepare import PreparedWeight
 from quant_moelora.kernels.grouped_gemm.choice import TileSource
@@ -79,7 +78,7 @@ def write_layer(
     x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
     with torch.cuda.device_of(x):  # Triton launches on the current device, whichever the tensors are on
         tiles = layer.tiles.tiles(pairs, x.device)
-        product, inverse = _sorted(topk_ids, topk_weights, layer.w13.num_experts, tiles)
+        product, inverse = _sorted(topk_ids, layer.w13.num_experts, tiles)
         h = _activated(product, x, topk_weights, layer, tiles)
         y = product.of(h, layer.w2, tiles.w2, product.new(h, tiles.w2, layer.w2.n), gather=False)
         weights = None if layer.weigh_input else topk_weights
@@ -88,15 +87,14 @@ def write_layer(
 
 def _sorted(
     topk_ids: Tensor,  # (M, k) int32 or int64
-    topk_weights: Tensor,  # (M, k) float32
     num_experts: int,
     tiles: LayerTiles,
 ) -> tuple[Product, Tensor | None]:
     """The pairs sorted, if it pays, and the sorted row of each, int32 [P]."""
     if tiles.direct:
         return Product(topk_ids, None, topk_ids.view(-1)), None
-    plan, listed = align(Routing(topk_ids, topk_weights), num_experts, tiles.bm)
-    return Product(topk_ids, plan.rows, listed), plan.inverse
+    rows, inverse, _, _, listed = align_tensors(topk_ids, None, num_experts, tiles.bm)
+    return Product(topk_ids, rows, listed), inverse
 
 
 def _activated(

@@ -21,7 +21,6 @@ from torch import Tensor
 from quant_moelora.core import packing
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.quant_info import MoEQuantInfo
-from quant_moelora.core.routing import Plan
 from quant_moelora.core.scheme import QuantScheme
 from quant_moelora.core.weights import PackedWeight
 from quant_moelora.experts import marlin_op
@@ -120,7 +119,6 @@ def layer_specs(shape: Shape, tokens: int, scheme: QuantScheme, dtype: torch.dty
     w13, w2 = _prepared(info.w13, dtype), _prepared(info.w2, dtype)
     ids, x, h = _empty((tokens, shape.top_k)), _empty((tokens, shape.hidden), dtype), _empty((pairs, w2.k_pad), dtype)
     rows, tiles = _empty((pairs,)), _empty((pairs, 4))
-    plan = Plan(rows, rows, _empty((shape.experts + 1,)), None)
     specs: list[GemmSpec] = []
 
     def record(
@@ -139,7 +137,7 @@ def layer_specs(shape: Shape, tokens: int, scheme: QuantScheme, dtype: torch.dty
     with (
         patch.multiple(
             marlin_op,
-            align=lambda *_: (plan, tiles),
+            align_tensors=lambda *_: (rows, rows, None, None, tiles),
             activate=lambda *arguments, **_: arguments[-1],
             moe_sum=lambda *arguments, **_: arguments[-1],
         ),
