@@ -10,8 +10,12 @@ import functools
 import itertools
 import os
 import random
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +30,7 @@ from quant_moelora.kernels.dequant.prepare import PreparedWeight, prepare, prepa
 from quant_moelora.kernels.grouped_gemm import product
 from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
 
+ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 MARKS = [] if INTERPRETED else [pytest.mark.gpu]
@@ -99,3 +104,23 @@ def label(value: object) -> str:
     """Of one combination, for the name of its test."""
     assert isinstance(value, dict)
     return "-".join(str(getattr(v, "name", v)).removeprefix("torch.") for v in value.values())
+
+
+def sanitized(tool: str, module: str, function: str) -> str:
+    """What compute-sanitizer says of a function of a test module, run in a process of its own without an error."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not on PATH")
+    body = f"import torch; from {module} import {function} as run\nwith torch.no_grad(): run()"
+    done = subprocess.run(
+        [sanitizer, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-c", body],
+        cwd=ROOT,
+        # Without torch's pool each tensor is an allocation of its own, so that one row too far is an error.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    return done.stdout

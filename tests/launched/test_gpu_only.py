@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +16,11 @@ from quant_moelora.kernels.align.launch import align
 from quant_moelora.kernels.grouped_gemm.spec import Tile
 from quant_moelora.layer import MoEExperts
 from tests.builders import layer, move, packed, routing, same_bits, scheme
-from tests.launched.cases import DEVICE, EACH_DTYPE
+from tests.launched.cases import DEVICE, EACH_DTYPE, sanitized
 from tests.launched.test_align import check_plan, random_slots
 from tests.launched.test_grouped_gemm import HEIGHTS, LOWEST, inputs, run, with_counts
 
 pytestmark = pytest.mark.gpu
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -214,22 +208,8 @@ def small_layers() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_the_sanitizer_finds_nothing(tool: str) -> None:
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer is not on PATH")
-    body = "import torch; from tests.launched.test_gpu_only import small_layers\nwith torch.no_grad(): small_layers()"
-    run = subprocess.run(
-        [sanitizer, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-c", body],
-        cwd=ROOT,
-        # Without torch's pool each tensor is an allocation of its own, so that one row too far is an error.
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-4000:]
-    assert "ERROR SUMMARY: 0 errors" in run.stdout or "RACECHECK SUMMARY: 0 hazards" in run.stdout, run.stdout[-2000:]
+    found = sanitized(tool, "tests.launched.test_gpu_only", "small_layers")
+    assert "ERROR SUMMARY: 0 errors" in found or "RACECHECK SUMMARY: 0 hazards" in found, found[-2000:]
 
 
 def test_no_pair_is_routed_here() -> None:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +17,10 @@ from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
 from quant_moelora.kernels.grouped_gemm.spec import Tile
 from quant_moelora.kernels.grouped_gemm.specialized.config import serves, specialized_tile
 from tests.builders import BuiltWeight, packed, routing, same_bits, scheme
-from tests.launched.cases import DEVICE, DTYPES, label, pairwise, poison, prepared
+from tests.launched.cases import DEVICE, DTYPES, label, pairwise, poison, prepared, sanitized
 from tests.launched.test_grouped_gemm import EXPERTS, Mode, inputs, run, with_counts
 
 pytestmark = pytest.mark.gpu
-ROOT = Path(__file__).parents[2]
 # Rows of an expert at both ends of every height, none, and more than a tile.
 COUNTS = (
     (0, 1, 15),
@@ -220,19 +214,5 @@ def small_products() -> None:
 
 @pytest.mark.slow
 def test_the_sanitizer_finds_nothing() -> None:
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer is not on PATH")
-    body = "import torch; from tests.launched import test_specialized as t\nwith torch.no_grad(): t.small_products()"
-    done = subprocess.run(
-        [sanitizer, "--tool=memcheck", "--error-exitcode=9", sys.executable, "-c", body],
-        cwd=ROOT,
-        # Without torch's pool each tensor is an allocation of its own, so that one row too far is an error.
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
-    assert "ERROR SUMMARY: 0 errors" in done.stdout, done.stdout[-2000:]
+    found = sanitized("memcheck", "tests.launched.test_specialized", "small_products")
+    assert "ERROR SUMMARY: 0 errors" in found, found[-2000:]

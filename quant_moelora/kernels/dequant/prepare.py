@@ -81,11 +81,6 @@ class PreparedWeight(NamedTuple):
         """Stored rows of all halves."""
         return self.halves * self.n_pad
 
-    @property
-    def halves_apart(self) -> bool:
-        """Whether a tile of rows has to lie in one of two halves, since each reads x in an order of its own."""
-        return self.k_perm is not None and self.halves == 2
-
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors that are not the weight's own, as ``name.field``."""
         held = {"scales": self.scales, "zeros": self.zeros, "post": self.post}
