@@ -10,9 +10,12 @@ from quant_moelora.core.quant_info import MoEQuantInfo as MoEQuantInfo
 from quant_moelora.core.scheme import QuantScheme as QuantScheme
 from quant_moelora.layer import MoEExperts as MoEExperts
 from quant_moelora.loaders.experts import load_experts as load_experts
+from quant_moelora.lora.bank import AdapterBank as AdapterBank
+from quant_moelora.lora.requests import adapter_ids as adapter_ids
 
 if TYPE_CHECKING:
     from quant_moelora.integrations.adapters import attach_adapters as attach_adapters
+    from quant_moelora.integrations.adapters import detach_adapters as detach_adapters
     from quant_moelora.integrations.transformers import from_pretrained as from_pretrained
 
 try:
@@ -21,12 +24,15 @@ except PackageNotFoundError:  # used from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AdapterBank",
     "MoEExperts",
     "MoEQuantInfo",
     "QuantMoELoRAError",
     "QuantScheme",
     "__version__",
+    "adapter_ids",
     "attach_adapters",
+    "detach_adapters",
     "from_pretrained",
     "load_experts",
 ]
@@ -38,8 +44,8 @@ def __getattr__(name: str) -> Any:
         from quant_moelora.integrations.transformers import from_pretrained
 
         return from_pretrained
-    if name == "attach_adapters":
-        from quant_moelora.integrations.adapters import attach_adapters
+    if name in ("attach_adapters", "detach_adapters"):
+        from quant_moelora.integrations import adapters
 
-        return attach_adapters
+        return getattr(adapters, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

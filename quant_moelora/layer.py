@@ -105,7 +105,7 @@ class MoEExperts(nn.Module):
                 rule="adapters attached before the capture",
                 remedy="attach an adapter first, then capture; adapters can change between replays",
             )
-        self.injection = LoRAInjection(self._base, ctx)
+        self.injection = LoRAInjection(self._base, ctx, info)
 
     @property
     def backend(self) -> ExpertsBackend | None:
@@ -164,7 +164,9 @@ class MoEExperts(nn.Module):
         if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
             self._captured_without_lora |= self.injection.ctx is None
         slots = None if adapter_ids is None else adapter_ids.to(torch.int32)
-        routing = Routing(topk_ids, topk_weights.to(torch.float32), slots)
+        ctx = self.injection.ctx
+        given = {} if ctx is None else {"num_slots": ctx.num_slots}
+        routing = Routing(topk_ids, topk_weights.to(torch.float32), slots, **given)
         if self._prepared is None or self._prepared.dtype != x.dtype:
             if torch.compiler.is_compiling():
                 apart: Any = torch.compiler.disable(self.prepare, reason="call MoEExperts.prepare before compiling")

@@ -233,10 +233,10 @@ def context(
     rank = torch.zeros(slots, 3, experts, dtype=torch.int32)
     up_col = torch.zeros(slots, experts, dtype=torch.int32)
     scaling = torch.zeros(slots, 3, experts)
-    widths = [1, 1]
+    most = 1
 
     def add(slot: int, which: int, expert: int, parts: list[Tensor]) -> None:
-        blocks.append(torch.full((8,), torch.nan))
+        blocks.append(torch.full((8 + -sum(block.numel() for block in blocks) % 8,), torch.nan))
         offsets[slot, which, expert] = sum(block.numel() for block in blocks)
         blocks.append(torch.cat([part.float().flatten() for part in parts]))
 
@@ -251,18 +251,17 @@ def context(
             for projection, lora in enumerate((gate, up, down)):
                 if lora is not None:
                     rank[slot, projection, expert] = lora.a.shape[0]
+                    most = max(most, lora.a.shape[0])
                     scaling[slot, projection, expert] = lora.scaling
             first = [lora for lora in (gate, up) if lora is not None]
             if first:
                 a = [first[0].a] if len(first) == 2 and first[0].a is first[1].a else [lora.a for lora in first]
                 up_col[slot, expert] = first[0].a.shape[0] if len(a) == 2 else 0
                 add(slot, 0, expert, a)
-                add(slot, 1, expert, [stored(expert, lora.b) for lora in first])
-                widths[0] = max(widths[0], sum(part.shape[0] for part in a))
+                add(slot, 1, expert, [stored(expert, lora.b).T for lora in first])
             if down is not None:
                 add(slot, 2, expert, [stored(expert, down.a.T).T])
-                add(slot, 3, expert, [down.b])
-                widths[1] = max(widths[1], down.a.shape[0])
+                add(slot, 3, expert, [down.b.T])
     return MoELoRAContext(
         num_experts=experts,
         hidden_size=info.hidden_size,
@@ -272,8 +271,7 @@ def context(
         rank=rank.to(device),
         up_col=up_col.to(device),
         scaling=scaling.to(device),
-        v13_width=widths[0],
-        v2_width=widths[1],
+        max_rank=most,
     )
 
 

@@ -27,12 +27,13 @@ class MoELoRAContext:
 
     * A13 is [rows, H]: the rows of gate's A, then those of up's A from row ``up_col[a, e]`` on. Gate and up share
       one A where up_col is 0 and both have a rank.
-    * B13 is gate's B [inter_pad, r_g] followed by up's B [inter_pad, r_u], rows in the stored order of the
-      intermediate (`MoEQuantInfo.inter_perm`), zero in the padding.
+    * B13 is [r_g + r_u, inter_pad]: gate's B transposed, then up's, columns in the stored order of the intermediate
+      (`MoEQuantInfo.inter_perm`), zero in the padding.
     * A2 is [r_d, inter_pad], columns in the stored order, zero in the padding.
-    * B2 is [H, r_d].
+    * B2 is [r_d, H], B transposed.
 
-    All are row-major. ``shard`` is that of the layer's info.
+    All are row-major with a rank a row, and begin at a multiple of 16 bytes, so that kernels load 16 bytes at once
+    whatever the rank. ``shard`` is that of the layer's info.
 
     Attributes:
         num_experts: E.
@@ -43,8 +44,7 @@ class MoELoRAContext:
         rank: int32 [A, 3, E], of gate, up and down; 0 where the adapter leaves the projection alone.
         up_col: int32 [A, E].
         scaling: float32 [A, 3, E].
-        v13_width: columns of the buffer that holds v = x A13^T, at least the rows of any A13.
-        v2_width: the same for A2.
+        max_rank: at least the rank of any projection of any adapter that is ever here; buffers for v have room for it.
         shard: the part of the layer held here, or None.
 
     Raises:
@@ -59,12 +59,12 @@ class MoELoRAContext:
     rank: Tensor  # (A, 3, E) int32
     up_col: Tensor  # (A, E) int32
     scaling: Tensor  # (A, 3, E) float32
-    v13_width: int
-    v2_width: int
+    max_rank: int
     shard: Shard | None = None
 
     def __post_init__(self) -> None:
-        check_positive(num_experts=self.num_experts, hidden_size=self.hidden_size, inter_pad=self.inter_pad)
+        sizes = {"num_experts": self.num_experts, "hidden_size": self.hidden_size, "inter_pad": self.inter_pad}
+        check_positive(**sizes, max_rank=self.max_rank)
         if self.arena.ndim != 1 or self.arena.dtype not in ARENA_DTYPES:
             raise ShapeError(
                 "arena",
@@ -84,6 +84,16 @@ class MoELoRAContext:
     def num_slots(self) -> int:
         """A."""
         return self.offsets.shape[0]
+
+    @property
+    def v13_width(self) -> int:
+        """Columns of v = A13 x: gate's rows and up's."""
+        return 2 * self.max_rank
+
+    @property
+    def v2_width(self) -> int:
+        """Columns of v = A2 h."""
+        return self.max_rank
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors held, by field name."""

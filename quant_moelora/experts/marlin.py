@@ -14,12 +14,11 @@ from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
 from quant_moelora.core.weights import PackedWeight
 from quant_moelora.core.workspace import Workspace
-from quant_moelora.experts.marlin_op import MarlinLayer, marlin_experts
-from quant_moelora.kernels.align.op import plan_of
+from quant_moelora.experts.marlin_op import MarlinLayer, marlin_experts, marlin_lora_experts
 from quant_moelora.kernels.dequant.prepare import LEAST_GROUP, prepare, regrouped
 from quant_moelora.kernels.grouped_gemm.choice import TileSource
 from quant_moelora.kernels.grouped_gemm.layer import LayerShape
-from quant_moelora.kernels.grouped_gemm.op import grouped_gemm
+from quant_moelora.kernels.lora.launch import LoRATables
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # fma.rn.bf16x2 and cp.async
@@ -36,7 +35,7 @@ class MarlinBackend:
     """wNa16 on NVIDIA GPUs from sm_80 on: int4 and int8 codes are dequantised in registers."""
 
     name = "marlin"
-    fuses: frozenset[str] = frozenset({"activation", "moe_sum"})  # of the base model
+    fuses: frozenset[str] = frozenset({"begin", "activation", "moe_sum"})
 
     def supports(self, info: MoEQuantInfo, device: torch.device, dtype: torch.dtype, *, lora: bool) -> Verdict:
         """Serve packed weights on a CUDA device in bfloat16 or float16."""
@@ -82,21 +81,13 @@ class MarlinBackend:
         injection: Injection,
         workspace: Workspace,
     ) -> Tensor:  # (M, H) prepared.dtype
-        """Compute the layer; see `ExpertsBackend.apply`. The base model is one operator."""
+        """Compute the layer; see `ExpertsBackend.apply`. It is one operator, with and without adapters."""
         assert isinstance(prepared, MarlinPrepared)
-        layer = prepared.layer
-        if injection.ctx is None:
-            return marlin_experts(x, routing.topk_ids, routing.topk_weights, *layer.arguments())
-        if not routing.num_pairs:
-            return torch.zeros_like(x)
-        ids = routing.topk_ids
-        plan, tiles = plan_of(routing, layer.w13.num_experts, layer.tiles)
-        injection.begin(x, routing, plan, workspace)
-        gate_up = grouped_gemm(x, ids, plan.rows, tiles, True, layer.w13.rows, *layer.tiles, *layer.w13)
-        h = x.new_empty(routing.num_pairs, layer.w13.n_pad)
-        h = injection.activation(x, gate_up, h, routing, plan, workspace)
-        y = grouped_gemm(h, ids, plan.rows, tiles, False, layer.w2.n, *layer.tiles, *layer.w2)
-        return injection.moe_sum(h, y, x.new_empty(x.shape), routing, plan, workspace)
+        arguments = prepared.layer.arguments()
+        ids, weights, slots = routing.topk_ids, routing.topk_weights, routing.slots
+        if injection.ctx is None or slots is None:
+            return marlin_experts(x, ids, weights, *arguments)
+        return marlin_lora_experts(x, ids, weights, slots, *arguments, *LoRATables.of(injection.ctx))
 
 
 def _packed(weight: object) -> PackedWeight:

@@ -8,7 +8,7 @@ the router's forward runs that forward again for each adapter of the batch, with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,13 +47,14 @@ class RouterLoRA:
 
     def _route(self, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """``output`` with the rows of every adapter of the batch that has factors here."""
-        present = [name for name in self._session.names if name in self._session.chosen & self.factors.keys()]
+        places = {name: place for place, name in enumerate(self._session.slots)}
+        present = [name for name in places if name in self._session.chosen & self.factors.keys()]
         if not present:
             return output
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         tokens = x.numel() // x.shape[-1]
-        slots = self._session.token_slots(tokens, x.device)
-        assert slots is not None  # rows were named
+        choices = self._session.token_choices(tokens, x.device)
+        assert choices is not None  # rows were named
         whole: tuple[Tensor, ...] = output if isinstance(output, tuple) else (output,)
         self._check(whole, tokens)
         weight = router.get_parameter("weight")
@@ -61,7 +62,7 @@ class RouterLoRA:
             factor = self.factors[name]
             changed = weight + (factor.scaling * (factor.b @ factor.a)).to(weight.dtype)
             again: Any = functional_call(self._bare, {"router.weight": changed}, args, kwargs)
-            mine = slots == self._session.names.index(name)  # (tokens,)
+            mine = choices == places[name]  # (tokens,)
             whole = tuple(
                 torch.where(mine.view(-1, *[1] * (ours.ndim - 1)), theirs, ours)
                 for ours, theirs in zip(whole, again if isinstance(output, tuple) else (again,), strict=True)
@@ -115,3 +116,12 @@ def attach_routers(
             if not hasattr(router, _LORA):
                 setattr(router, _LORA, RouterLoRA(name, router, session))
             getattr(router, _LORA).factors[adapter] = factor
+
+
+def detach_routers(routers: Mapping[str, nn.Module], adapters: Iterable[str]) -> None:
+    """Take adapters away from routers of `routers_of`, from those that have them."""
+    for router in routers.values():
+        held: RouterLoRA | None = getattr(router, _LORA, None)
+        if held is not None:
+            for adapter in adapters:
+                held.factors.pop(adapter, None)

@@ -22,13 +22,13 @@ class AdapterSession:
     """Adapters of one model by name and slot, and the choice that a forward has made among them.
 
     Attributes:
-        names: attached adapters; the position is the slot.
+        slots: slot of each attached adapter in the experts' bank, `BASE_SLOT` for one without factors of experts.
     """
 
     def __init__(self) -> None:
-        self.names: list[str] = []
+        self.slots: dict[str, int] = {}
         self._rows: tuple[str, ...] | None = None
-        self._slots: Tensor | None = None
+        self._tokens: dict[str, Tensor] = {}  # (tokens,) int32, what `_per_token` has made in the running forward
 
     @contextmanager
     def choose(self, adapter_names: Sequence[str] | None, batch: int) -> Generator[None]:
@@ -39,21 +39,21 @@ class AdapterSession:
         Raises:
             AdapterError: an unknown name, or a number of names that does not divide the batch.
         """
-        outer = self._rows, self._slots
+        outer = self._rows, self._tokens
         self._rows = None if adapter_names is None else self._check(tuple(adapter_names), batch)
-        self._slots = None
+        self._tokens = {}
         try:
             yield
         finally:
-            self._rows, self._slots = outer
+            self._rows, self._tokens = outer
 
     def _check(self, names: tuple[str, ...], batch: int) -> tuple[str, ...]:
-        unknown = sorted(set(names) - {BASE_NAME, *self.names})
+        unknown = sorted(set(names) - {BASE_NAME, *self.slots})
         if unknown:
             raise AdapterError(
                 "adapter_names",
                 got=f"unknown {', '.join(unknown)}",
-                rule=f"{BASE_NAME} or attached ones: {', '.join(self.names) or 'none is'}",
+                rule=f"{BASE_NAME} or attached ones: {', '.join(self.slots) or 'none is'}",
                 remedy="attach the adapter first, or correct the name",
             )
         if not names or batch % len(names):
@@ -89,12 +89,27 @@ class AdapterSession:
         """
         if self._rows is None:
             return None
-        per_row = self._per_row(tokens, len(self._rows))
-        if self._slots is None or self._slots.numel() != tokens or self._slots.device != device:
-            slot = {BASE_NAME: BASE_SLOT} | {name: slot for slot, name in enumerate(self.names)}
-            rows = torch.tensor([slot[name] for name in self._rows], dtype=torch.int32)
-            self._slots = rows.repeat_interleave(per_row).to(device)
-        return self._slots
+        return self._per_token("slots", [self.slots.get(name, BASE_SLOT) for name in self._rows], tokens, device)
+
+    def token_choices(self, tokens: int, device: torch.device) -> Tensor | None:  # (tokens,) int32
+        """Place among `slots` of the adapter of each token, -1 for the base; None where all use the base.
+
+        Raises:
+            AdapterError: as `row_names`.
+        """
+        if self._rows is None:
+            return None
+        place = {name: place for place, name in enumerate(self.slots)}
+        return self._per_token("choices", [place.get(name, -1) for name in self._rows], tokens, device)
+
+    def _per_token(self, key: str, by_row: list[int], tokens: int, device: torch.device) -> Tensor:  # (tokens,) int32
+        """Numbers of the batch's rows, repeated for their tokens; made once a forward."""
+        per_row = self._per_row(tokens, len(by_row))
+        held = self._tokens.get(key)
+        if held is None or held.numel() != tokens or held.device != device:
+            held = torch.tensor(by_row, dtype=torch.int32).repeat_interleave(per_row).to(device)
+            self._tokens[key] = held
+        return held
 
     @staticmethod
     def _per_row(total: int, batch: int) -> int:

@@ -1,95 +1,426 @@
-"""build_context: the arena and tables of one layer's adapters."""
+"""AdapterBank: the adapters of a model's layers, in one arena, behind tables whose addresses do not change."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from quant_moelora.core.lora_context import A2, A13, B2, B13, DOWN, GATE, NO_FACTOR, UP, MoELoRAContext
+from quant_moelora.core.errors import AdapterError
+from quant_moelora.core.lora_context import MoELoRAContext
 from quant_moelora.core.quant_info import MoEQuantInfo
-from quant_moelora.lora.adapter_file import LayerFactors
+from quant_moelora.loaders.families import Projection
+from quant_moelora.lora.adapter_file import Factor, LayerFactors
+from quant_moelora.lora.arena import Block, Blocks
+from quant_moelora.lora.layout import ALIGNMENT, LayerLayout, Layers, Tables, check_factors, full_size
+from quant_moelora.lora.transfer import Transfer
 
-ALIGNMENT = 8  # elements; a factor of 16-bit floats begins at a multiple of 16 bytes, the widest load
+Factors = Mapping[int, LayerFactors]  # an adapter's, by layer
+Evict = Literal["never", "lru"]
 
 
-class _Arena:
-    """Collects blocks and says where each will stand."""
+@dataclass(frozen=True)
+class AdapterReport:
+    """What a bank holds of one adapter.
 
-    def __init__(self) -> None:
-        self.blocks: list[Tensor] = []
-        self.size = 0
+    Attributes:
+        slot: what tokens choose it by.
+        nbytes: bytes of its factors in the arena.
+        ranks: those that occur, ascending.
+        enabled: whether its tokens get its deltas.
+        pinned: whether it is kept from being evicted.
+    """
 
-    def add(self, tensors: Iterable[Tensor]) -> int:
-        """Append the tensors, flattened, as one block; return its first element."""
-        offset = self.size
-        block = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        self.blocks.append(F.pad(block, (0, -block.numel() % ALIGNMENT)))
-        self.size += self.blocks[-1].numel()
-        return offset
+    slot: int
+    nbytes: int
+    ranks: tuple[int, ...]
+    enabled: bool
+    pinned: bool
+
+
+@dataclass(frozen=True)
+class BankReport:
+    """What a bank holds.
+
+    Attributes:
+        adapters: by name, the least recently used first.
+        capacity: bytes of the arena.
+        used: bytes of all adapters.
+        free: bytes of no adapter.
+        largest_free: bytes of the largest free block; a layer of an adapter needs one block.
+    """
+
+    adapters: dict[str, AdapterReport]
+    capacity: int
+    used: int
+    free: int
+    largest_free: int
+
+
+@dataclass(eq=False)
+class _Held:
+    """An adapter in the bank: its rows of the tables are (L, ...), in host memory that nobody writes to again."""
+
+    slot: int
+    rows: Tables
+    blocks: list[Block]
+    pinned: bool
+    enabled: bool = True
+
+
+class AdapterBank:
+    """The adapters of a model's layers: added, replaced and removed while the layers' contexts keep their addresses.
+
+    Each adapter takes its real rank, and only for the experts and projections that it touches. Methods change the
+    tables on the device's current stream and wait for nothing: call them on the stream that serves, or let that one
+    wait for it. Work that the stream was given before sees the bank as it was. On CUDA the factors are copied by a
+    stream of the bank's own, and the current one waits for them; memory of an adapter that is gone is written to only
+    after what the current stream had been given when it went. A bank is used by one thread at a time.
+
+    Attributes:
+        contexts: `MoELoRAContext` of each layer; their tensors are views of the bank's.
+
+    Args:
+        infos: the layers' experts, by layer, on one device and with one E.
+        dtype: of the arena, the dtype the layers compute in.
+        max_adapters: A, the slots.
+        max_rank: the largest rank that is served.
+        capacity_bytes: of the arena; None for A adapters of the largest rank on everything.
+        evict: what happens to an adapter that does not fit. ``never``: it is an error. ``lru``: adapters that are not
+            pinned go first, the one whose last use (`add`, `replace` or `slots`) is the longest ago before others.
+
+    Raises:
+        AdapterError: no layer, layers on several devices or of other numbers of experts, or a size below 1.
+    """
+
+    def __init__(
+        self,
+        infos: Mapping[int, MoEQuantInfo],
+        dtype: torch.dtype,
+        *,
+        max_adapters: int,
+        max_rank: int,
+        capacity_bytes: int | None = None,
+        evict: Evict = "never",
+    ) -> None:
+        layers = self._layers = Layers(infos)
+        if capacity_bytes is None:
+            capacity_bytes = max_adapters * sum(full_size(info, max_rank) for info in infos.values()) * dtype.itemsize
+        if min(max_adapters, max_rank) < 1 or capacity_bytes < 0 or evict not in get_args(Evict):
+            raise AdapterError(
+                "adapter bank",
+                got=f"max_adapters={max_adapters}, max_rank={max_rank}, capacity_bytes={capacity_bytes}, evict={evict}",
+                rule=f"1 at least, no negative capacity, and evict one of {', '.join(get_args(Evict))}",
+                remedy="give the bank room for the adapters that are to be served at one time",
+            )
+        self._max_adapters, self._max_rank, self._evict = max_adapters, max_rank, evict
+        self._held: dict[str, _Held] = {}  # the least recently used first
+        self._blocks = Blocks(capacity_bytes // dtype.itemsize // ALIGNMENT * ALIGNMENT)
+        self._arena = torch.zeros(self._blocks.size, dtype=dtype, device=layers.device)
+        self._tables = Tables.empty((len(infos), max_adapters), layers.experts, layers.device)
+        self._transfer = Transfer(layers.device)
+        self._transfer.lend(self._arena)
+        self._transfer.hold()  # for the zeros
+        self.contexts = {
+            layer: MoELoRAContext(
+                num_experts=layers.experts,
+                hidden_size=info.hidden_size,
+                inter_pad=info.inter_pad,
+                arena=self._arena,
+                **self._tables.at(place)._asdict(),
+                max_rank=max_rank,
+                shard=info.shard,
+            )
+            for place, (layer, info) in enumerate(infos.items())
+        }
+
+    @classmethod
+    def sized_to(
+        cls, infos: Mapping[int, MoEQuantInfo], adapters: Mapping[str, Factors], dtype: torch.dtype
+    ) -> AdapterBank:
+        """A bank with room for exactly these adapters; the one at position i has slot i.
+
+        One without any factors is not in it, and its slot has no adapter.
+
+        Raises:
+            AdapterError: layers do not go together, or an adapter does not fit them.
+        """
+        factors = [f for held in adapters.values() for layer in held.values() for f in layer.values()]
+        max_rank = max((factor.a.shape[0] for factor in factors), default=1)
+        layers = Layers(infos)
+        plans = {name: _Plan(name, layers, held, max_rank) for name, held in adapters.items() if any(held.values())}
+        size = sum(sum(plan.sizes) for plan in plans.values()) * dtype.itemsize
+        bank = cls(infos, dtype, max_adapters=max(len(adapters), 1), max_rank=max_rank, capacity_bytes=size)
+        for slot, name in enumerate(adapters):
+            if name in plans:
+                bank._put(name, plans[name], slot, pinned=False)
+        return bank
+
+    def add(self, name: str, factors: Factors, *, pinned: bool = False) -> int:
+        """Take an adapter in, and return its slot.
+
+        Args:
+            name: a new one.
+            factors: in host memory, by layer of the bank, expert and projection.
+            pinned: keep it from being evicted.
+
+        Raises:
+            AdapterError: the name is taken, the factors do not fit the layers or touch none of them, or there is not
+                enough room; the bank is as it was.
+        """
+        if name in self._held:
+            raise AdapterError(
+                "adapter name", got=repr(name), rule="a new name", remedy="choose another name, or replace the adapter"
+            )
+        plan = _Plan(name, self._layers, factors, self._max_rank)
+        self._make_room(name, plan.sizes)
+        slot = min(set(range(self._max_adapters)) - self._taken())
+        self._put(name, plan, slot, pinned=pinned)
+        return slot
+
+    def replace(self, name: str, factors: Factors) -> None:
+        """Give an adapter other factors, in its slot. The old ones serve until then, so there must be room for both.
+
+        Raises:
+            AdapterError: there is no such adapter, or as `add`; the bank is as it was.
+        """
+        old = self._get(name)
+        plan = _Plan(name, self._layers, factors, self._max_rank)
+        self._make_room(name, plan.sizes)
+        self._put(name, plan, old.slot, pinned=old.pinned, enabled=old.enabled)
+        self._release(old.blocks)
+
+    def add_dummy(
+        self,
+        name: str,
+        rank: int,
+        projections: Collection[Projection] | None = None,
+        *,
+        pinned: bool = False,
+    ) -> int:
+        """Add a random adapter of all experts, for warm-up, captures and measurements; return its slot.
+
+        Args:
+            name: a new one.
+            rank: of every projection.
+            projections: those that it has; None for all of the layers'.
+            pinned: keep it from being evicted.
+
+        Raises:
+            AdapterError: as `add`.
+        """
+        return self.add(
+            name, {n: _random(info, rank, projections) for n, info in self._layers.infos.items()}, pinned=pinned
+        )
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out. Its slot and memory are free, and tokens that still choose the slot use the base.
+
+        Raises:
+            AdapterError: there is no such adapter.
+        """
+        held = self._get(name)
+        del self._held[name]
+        self._tables.at(slice(None), held.slot).clear()
+        self._release(held.blocks)
+
+    def disable(self, name: str) -> None:
+        """Let an adapter's tokens use the base, while its factors and its slot stay.
+
+        Raises:
+            AdapterError: there is no such adapter.
+        """
+        held = self._get(name)
+        held.enabled = False
+        self._show(held)
+
+    def enable(self, name: str) -> None:
+        """Undo `disable`.
+
+        Raises:
+            AdapterError: there is no such adapter.
+        """
+        held = self._get(name)
+        held.enabled = True
+        self._show(held)
+
+    def pin(self, name: str) -> None:
+        """Keep an adapter from being evicted.
+
+        Raises:
+            AdapterError: there is no such adapter.
+        """
+        self._get(name).pinned = True
+
+    def unpin(self, name: str) -> None:
+        """Undo `pin`.
+
+        Raises:
+            AdapterError: there is no such adapter.
+        """
+        self._get(name).pinned = False
+
+    def slots(self, names: Sequence[str]) -> list[int]:
+        """Slots of adapters, which are used by that, the last one last.
+
+        Raises:
+            AdapterError: there is no such adapter; then none counts as used.
+        """
+        found = [self._get(name).slot for name in names]
+        for name in names:
+            self._held[name] = self._held.pop(name)
+        return found
+
+    def report(self) -> BankReport:
+        """What the bank holds; nothing counts as used."""
+        unit = self._arena.itemsize
+        adapters = {
+            name: AdapterReport(
+                slot=held.slot,
+                nbytes=sum(block.size for block in held.blocks) * unit,
+                ranks=tuple(rank for rank in held.rows.rank.unique().tolist() if rank),  # sorted
+                enabled=held.enabled,
+                pinned=held.pinned,
+            )
+            for name, held in self._held.items()
+        }
+        capacity, free = self._blocks.size * unit, self._blocks.free_size * unit
+        return BankReport(adapters, capacity, capacity - free, free, self._blocks.largest * unit)
+
+    def _get(self, name: str) -> _Held:
+        if name not in self._held:
+            raise AdapterError(
+                "adapter name",
+                got=f"unknown {name!r}",
+                rule=f"one in the bank: {', '.join(self._held) or 'none is'}",
+                remedy="add the adapter first, or correct the name",
+            )
+        return self._held[name]
+
+    def _taken(self) -> set[int]:
+        return {held.slot for held in self._held.values()}
+
+    def _make_room(self, name: str, sizes: Sequence[int]) -> None:
+        """Evict until ``sizes`` and, for a new name, a slot are free.
+
+        Raises:
+            AdapterError: they cannot be; nothing is evicted.
+        """
+        candidates = [other for other, held in self._held.items() if not held.pinned and other != name]
+        blocks, slots = self._blocks.copy(), self._max_adapters - len(self._held) + (name in self._held)
+        evicted: list[str] = []
+        while slots < 1 or blocks.copy().allocate(sizes) is None:
+            if self._evict == "never" or len(evicted) == len(candidates):
+                raise self._no_room(name, sizes)
+            evicted.append(candidates[len(evicted)])
+            blocks.free(self._held[evicted[-1]].blocks)
+            slots += 1
+        for other in evicted:
+            self.remove(other)
+
+    def _no_room(self, name: str, sizes: Sequence[int]) -> AdapterError:
+        unit, blocks, slots = self._arena.itemsize, self._blocks, self._max_adapters
+        pinned = sum(held.pinned for held in self._held.values())
+        return AdapterError(
+            f"room for adapter {name}",
+            got=f"{sum(sizes) * unit} bytes needed, {max(sizes) * unit} of them in one block; "
+            f"{blocks.free_size * unit} bytes free, the largest free block {blocks.largest * unit}; "
+            f"{len(self._held)} of {slots} slots taken, {pinned} of them pinned",
+            rule=f"to fit into {blocks.size * unit} bytes"
+            + (", at most all that is not pinned being evicted" if self._evict == "lru" else ", nothing being evicted"),
+            remedy="remove or unpin an adapter, or make the bank larger or with evict='lru'",
+        )
+
+    def _put(self, name: str, plan: _Plan, slot: int, *, pinned: bool, enabled: bool = True) -> None:
+        """Copy the factors to free blocks, of which there are enough, and then let the tables name them."""
+        rows = Tables(*(self._transfer.staging(tuple(t.shape), t.dtype).copy_(t) for t in plan.rows))
+        blocks = self._blocks.allocate(plan.sizes)
+        assert blocks is not None  # _make_room, or sized_to
+        try:
+            for (place, layout), block in zip(plan.layouts.items(), blocks, strict=True):
+                rows.offsets[place] += torch.where(rows.offsets[place] < 0, 0, block.begin)
+                staged = self._transfer.staging((layout.size,), self._arena.dtype)
+                layout.write(staged)
+                self._transfer.send(staged, self._arena[block.begin : block.end])
+        except BaseException:
+            self._blocks.free(blocks)  # no table names them
+            raise
+        self._transfer.arrive()
+        held = _Held(slot, rows, blocks, pinned, enabled)
+        self._held.pop(name, None)
+        self._held[name] = held
+        self._show(held)
+
+    def _show(self, held: _Held) -> None:
+        """Make the tables say what they are to say of an adapter's slot."""
+        tables = self._tables.at(slice(None), held.slot)
+        if not held.enabled:
+            tables.clear()
+            return
+        for table, row in zip(tables, held.rows, strict=True):
+            table.copy_(row, non_blocking=True)
+
+    def _release(self, blocks: Iterable[Block]) -> None:
+        """Give blocks back that no table names any more; work given before may still read them."""
+        self._transfer.hold()
+        self._blocks.free(blocks)
+
+
+class _Plan:
+    """An adapter that fits the layers, laid out.
+
+    Attributes:
+        rows: of the tables, (L, ...) on the host, with offsets relative to each layer's block.
+        layouts: by the layer's place in the bank, of those that the adapter touches.
+        sizes: elements of each layer's block.
+    """
+
+    def __init__(self, name: str, layers: Layers, factors: Factors, max_rank: int) -> None:
+        unknown = sorted(factors.keys() - layers.infos.keys())
+        if unknown or not any(factors.values()):
+            raise AdapterError(
+                f"adapter {name}",
+                got=f"factors of layers {', '.join(map(str, unknown))}" if unknown else "no factor of any layer",
+                rule=f"factors of one at least of the layers {', '.join(map(str, layers.infos))}, and of no other",
+                remedy="give the adapter to the model it was trained on",
+            )
+        self.layouts: dict[int, LayerLayout] = {}
+        self.rows = Tables.empty((len(layers.infos),), layers.experts, torch.device("cpu"))
+        for place, (layer, info) in enumerate(layers.infos.items()):
+            held = factors.get(layer)
+            if held:
+                check_factors(f"adapter {name}, layer {layer}", info, held, max_rank)
+                self.layouts[place] = LayerLayout(info, layers.orders[layer], held, self.rows.at(place))
+        self.sizes = [layout.size for layout in self.layouts.values()]
 
 
 def build_context(info: MoEQuantInfo, adapters: Sequence[LayerFactors], dtype: torch.dtype) -> MoELoRAContext:
-    """The context of one layer; the adapter at position i gets slot i.
-
-    Every adapter takes its real rank, and only for the experts and projections it touches. The intermediate dimension
-    of B13 and A2 is put into the order and padding of the stored weights.
+    """The context of one layer with exactly these adapters; the one at position i has slot i.
 
     Args:
         info: the layer's experts.
-        adapters: factors of each adapter in this layer; an empty dict for one that leaves it alone.
+        adapters: factors of each adapter; an empty dict for one that leaves the layer alone.
         dtype: of the arena, the dtype the layer computes in.
+
+    Raises:
+        AdapterError: an adapter does not fit the layer.
     """
-    slots, experts, device = len(adapters), info.num_experts, info.device
-    offsets = torch.full((slots, 4, experts), NO_FACTOR, dtype=torch.int64)
-    rank = torch.zeros(slots, 3, experts, dtype=torch.int32)
-    up_col = torch.zeros(slots, experts, dtype=torch.int32)
-    scaling = torch.zeros(slots, 3, experts, dtype=torch.float32)
-    arena, v13_width, v2_width = _Arena(), 1, 1
-    inter_perm = None if info.inter_perm is None else info.inter_perm.to("cpu", torch.int64)
-    for slot, factors in enumerate(adapters):
-        for expert in sorted({expert for expert, _ in factors}):
-            gate, up, down = (factors.get((expert, p)) for p in ("gate", "up", "down"))
-            order = None if inter_perm is None else inter_perm[expert]
-            for projection, factor in ((GATE, gate), (UP, up), (DOWN, down)):
-                if factor is not None:
-                    rank[slot, projection, expert] = factor.a.shape[0]
-                    scaling[slot, projection, expert] = factor.scaling
-            held = [factor for factor in (gate, up) if factor is not None]
-            if held:
-                shared = gate is not None and up is not None and gate.a is up.a  # as in a fused file
-                a13 = [held[0].a] if shared else [factor.a for factor in held]
-                up_col[slot, expert] = 0 if shared or gate is None else gate.a.shape[0]
-                offsets[slot, A13, expert] = arena.add(a13)
-                offsets[slot, B13, expert] = arena.add(_stored_rows(f.b, order, info.inter_pad) for f in held)
-                v13_width = max(v13_width, sum(a.shape[0] for a in a13))
-            if down is not None:
-                offsets[slot, A2, expert] = arena.add([_stored_rows(down.a.T, order, info.inter_pad).T])
-                offsets[slot, B2, expert] = arena.add([down.b])
-                v2_width = max(v2_width, down.a.shape[0])
-    blocks = [block.to(dtype) for block in arena.blocks]
-    return MoELoRAContext(
-        num_experts=experts,
-        hidden_size=info.hidden_size,
-        inter_pad=info.inter_pad,
-        arena=(torch.cat(blocks) if blocks else torch.zeros(0, dtype=dtype)).to(device),
-        offsets=offsets.to(device),
-        rank=rank.to(device),
-        up_col=up_col.to(device),
-        scaling=scaling.to(device),
-        v13_width=v13_width,
-        v2_width=v2_width,
-        shard=info.shard,
-    )
+    return AdapterBank.sized_to({0: info}, {str(i): {0: f} for i, f in enumerate(adapters)}, dtype).contexts[0]
 
 
-def _stored_rows(
-    b: Tensor,  # (I, r)
-    order: Tensor | None,  # (I,) int64, stored position -> logical
-    inter_pad: int,
-) -> Tensor:  # (inter_pad, r)
-    """Rows of the intermediate in the stored order, with zeros for the padding."""
-    rows = b if order is None else b[order]
-    return F.pad(rows, (0, 0, 0, inter_pad - b.shape[0]))
+def _random(info: MoEQuantInfo, rank: int, projections: Collection[Projection] | None) -> LayerFactors:
+    """Random factors whose deltas are about as large as what they are added to; all experts have the same."""
+    generator = torch.Generator().manual_seed(0)
+    if projections is None:
+        projections = ("gate", "up", "down") if info.activation.gated else ("up", "down")
+    made: LayerFactors = {}
+    for projection in projections:
+        n, k = info.intermediate_size, info.hidden_size
+        n, k = (k, n) if projection == "down" else (n, k)
+        a = torch.randn(max(rank, 0), k, generator=generator) / math.sqrt(k)
+        b = torch.randn(n, max(rank, 0), generator=generator) / math.sqrt(max(rank, 1))
+        made |= {(expert, projection): Factor(a, b, 1.0) for expert in range(info.num_experts)}
+    return made

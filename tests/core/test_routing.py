@@ -69,7 +69,7 @@ def good_plan(pairs: int = 6, experts: int = 3) -> Plan:
         rows=torch.zeros(pairs, dtype=torch.int32),
         inverse=torch.zeros(pairs, dtype=torch.int32),
         expert_offsets=torch.zeros(experts + 1, dtype=torch.int32),
-        segments=torch.zeros(pairs + 1, 3, dtype=torch.int32),
+        segments=torch.zeros(pairs, 4, dtype=torch.int32),
     )
 
 
@@ -88,8 +88,8 @@ def test_plan_refuses_another_dtype(field: str) -> None:
             r"inverse: got shape \[5\], expected \[6\] for one for each pair",
         ),
         ({"rows": torch.zeros(6, 1, dtype=torch.int32)}, r"rows: got shape \[6, 1\], expected \[6\]"),
-        ({"segments": torch.zeros(6, 3, dtype=torch.int32)}, r"segments: got shape \[6, 3\], expected \[7, 3\]"),
-        ({"segments": torch.zeros(7, 2, dtype=torch.int32)}, r"segments: got shape \[7, 2\], expected \[7, 3\]"),
+        ({"segments": torch.zeros(6, 3, dtype=torch.int32)}, r"segments: got shape \[6, 3\], expected \[6, 4\]"),
+        ({"segments": torch.zeros(24, dtype=torch.int32)}, r"segments: got shape \[24\], expected \[24, 4\]"),
         ({"expert_offsets": torch.zeros(4, 1, dtype=torch.int32)}, r"expert_offsets: got shape \[4, 1\]"),
     ],
 )

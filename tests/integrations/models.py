@@ -150,7 +150,7 @@ def attention_adapter(folder: Path, seed: int = 1, more: Tensors | None = None, 
 
 
 def session_names(model: Any) -> list[str]:
-    """Names that the model knows, by slot."""
+    """Names that the model knows, in the order in which they were attached."""
     sessions = {id(module.session): module.session for module in experts_of(model).values()}
     assert len(sessions) == 1, "one session a model"
-    return list(next(iter(sessions.values())).names)
+    return list(next(iter(sessions.values())).slots)

@@ -12,7 +12,7 @@ from quant_moelora.integrations.session import BASE_NAME, AdapterSession
 
 def make_session(*names: str) -> AdapterSession:
     session = AdapterSession()
-    session.names = list(names)
+    session.slots = {name: slot for slot, name in enumerate(names)}
     return session
 
 

@@ -12,24 +12,32 @@ from quant_moelora.core.routing import Plan, Routing
 from quant_moelora.kernels.align.reference import align
 from tests.builders import move, routing
 
-Segment = tuple[int, int, int]
+Segment = tuple[int, int, int, int]  # expert, first sorted row, rows, slot
+NONE: Segment = (0, 0, 0, 0)
+MOST = 32  # rows of a segment
 
 
 def slow_align(routing: Routing, num_experts: int) -> tuple[list[int], list[int], list[int], list[Segment]]:
     """rows, inverse, expert_offsets and segments, by hand."""
-    ids = routing.topk_ids.flatten().tolist()
+    ids, known = routing.topk_ids.flatten().tolist(), range(-1, routing.num_slots)
     slots = [-1] * routing.num_tokens if routing.slots is None else routing.slots.tolist()
+    slots = [slot if slot in known else routing.num_slots for slot in slots]
     rows: list[int] = []
     offsets = [0]
-    segments: list[Segment] = []
+    places = min(len(ids), num_experts * (routing.num_slots + 2) + len(ids) // MOST)
+    segments = [NONE] * places
     for expert in range(num_experts):
         mine = [pair for pair, chosen in enumerate(ids) if chosen == expert]
+        place = min(len(rows), expert * (routing.num_slots + 2) + len(rows) // MOST)
+        assert segments[place:] == [NONE] * (places - place), "lower experts' segments come before"
         for slot in sorted({slots[pair // routing.top_k] for pair in mine}):
-            segments.append((expert, slot, len(rows)))
-            rows += [pair for pair in mine if slots[pair // routing.top_k] == slot]
+            held = [pair for pair in mine if slots[pair // routing.top_k] == slot]
+            for first in range(0, len(held), MOST):
+                assert place < places
+                segments[place] = (expert, len(rows) + first, len(held[first : first + MOST]), slot)
+                place += 1
+            rows += held
         offsets.append(len(rows))
-        segments += [(-1, -1, len(rows))] * (len(rows) - len(segments))
-    segments += [(-1, -1, len(rows))] * (len(ids) + 1 - len(rows))
     rows += [pair for pair, chosen in enumerate(ids) if not 0 <= chosen < num_experts]
     inverse = [rows.index(pair) for pair in range(len(ids))]
     return rows, inverse, offsets, segments
@@ -47,7 +55,7 @@ def check(plan: Plan, routing: Routing, num_experts: int) -> None:
     assert plan.rows.tolist() == rows
     assert plan.inverse.tolist() == inverse
     assert plan.expert_offsets.tolist() == offsets
-    assert segments_of(plan).shape == (routing.num_pairs + 1, 3)
+    assert segments_of(plan).shape == (len(segments), 4)
     assert [tuple(row) for row in segments_of(plan).tolist()] == segments
 
 
@@ -84,6 +92,7 @@ def test_any_routing(data: st.DataObject) -> None:
         torch.tensor(ids, dtype=dtype).view(tokens, top_k),
         torch.ones(tokens, top_k),
         None if slots is None else torch.tensor(slots, dtype=torch.int32),
+        data.draw(st.sampled_from([0, 1, 3, 2**31 - 1])),
     )
     check(align(case, experts), case, experts)
 
@@ -93,7 +102,7 @@ def test_stable_within_a_segment() -> None:
     case = Routing(torch.zeros(50, 2, dtype=torch.int32), torch.ones(50, 2), torch.full((50,), 2, dtype=torch.int32))
     plan = align(case, 3)
     assert plan.rows.tolist() == list(range(100))
-    assert segments_of(plan)[:2].tolist() == [[0, 2, 0], [-1, -1, 100]]
+    assert segments_of(plan)[:5].tolist() == [[0, 0, 32, 2], [0, 32, 32, 2], [0, 64, 32, 2], [0, 96, 4, 2], [*NONE]]
 
 
 def test_slots_order_within_an_expert_and_base_goes_first() -> None:
@@ -102,18 +111,27 @@ def test_slots_order_within_an_expert_and_base_goes_first() -> None:
     )
     plan = align(case, 2)
     assert plan.rows.tolist() == [4, 1, 2, 3, 0]
-    used = [[0, -1, 0], [0, 1, 1], [1, -1, 2], [1, 0, 3], [1, 2, 4]]
-    assert segments_of(plan).tolist() == [*used, [-1, -1, 5]]
+    assert segments_of(plan).tolist() == [[0, 0, 1, -1], [0, 1, 1, 1], [1, 2, 1, -1], [1, 3, 1, 0], [1, 4, 1, 2]]
 
 
-def test_segments_of_an_expert_begin_in_its_first_row() -> None:
-    """What its pairs leave empty ends the segment before it, and begins where the next expert does."""
+def test_where_segments_of_an_expert_begin() -> None:
+    """At its first row, or where all slots of lower experts would end, whichever is lower."""
     ids = torch.tensor([[3], [0], [0], [0], [3], [5], [1], [1]])
     slots = torch.tensor([1, 2, -1, 2, 1, 0, 4, 3], dtype=torch.int32)
-    plan = align(Routing(ids, torch.ones(8, 1), slots), 5)
+    case = Routing(ids, torch.ones(8, 1), slots)
+    plan = align(case, 5)
     assert plan.expert_offsets.tolist() == [0, 3, 5, 5, 7, 7]
-    first, second, fourth = [[0, -1, 0], [0, 2, 1], [-1, -1, 3]], [[1, 3, 3], [1, 4, 4]], [[3, 1, 5], [-1, -1, 7]]
-    assert segments_of(plan).tolist() == [*first, *second, *fourth, [-1, -1, 7], [-1, -1, 7]]
+    first, second, fourth = [[0, 0, 1, -1], [0, 1, 2, 2]], [[1, 3, 1, 3], [1, 4, 1, 4]], [[3, 5, 2, 1]]
+    assert segments_of(plan).tolist() == [*first, [*NONE], *second, *fourth, [*NONE], [*NONE]]
+    few = Routing(torch.zeros(500, 1, dtype=torch.int64), torch.ones(500, 1), torch.zeros(500, dtype=torch.int32), 2)
+    assert len(segments_of(align(few, 3))) == 3 * 4 + 500 // MOST
+
+
+def test_slots_that_there_are_not_are_one() -> None:
+    slots = torch.tensor([2, -2, 3, 1, 2**31 - 1, -1], dtype=torch.int32)
+    plan = align(Routing(torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, 1), slots, num_slots=3), 1)
+    assert plan.rows.tolist() == [5, 3, 0, 1, 2, 4]
+    assert segments_of(plan).tolist()[:4] == [[0, 0, 1, -1], [0, 1, 1, 1], [0, 2, 1, 2], [0, 3, 3, 3]]
 
 
 def test_the_last_slot_of_an_expert_stays_with_it() -> None:
@@ -121,7 +139,7 @@ def test_the_last_slot_of_an_expert_stays_with_it() -> None:
     top = 2**31 - 1
     case = Routing(torch.tensor([[1], [0], [0]]), torch.ones(3, 1), torch.tensor([-1, top, -1], dtype=torch.int32))
     plan = align(case, 2)
-    assert segments_of(plan).tolist() == [[0, -1, 0], [0, top, 1], [1, -1, 2], [-1, -1, 3]]
+    assert segments_of(plan).tolist() == [[0, 0, 1, -1], [0, 1, 1, top], [1, 2, 1, -1]]
     assert plan.rows.tolist() == [2, 1, 0]
 
 
@@ -131,21 +149,21 @@ def test_ids_out_of_range_come_last_and_in_no_segment(missing: int) -> None:
     plan = align(Routing(ids, torch.ones(3, 2), torch.tensor([1, 0, 2], dtype=torch.int32)), 4)
     assert plan.rows.tolist() == [2, 1, 0, 3, 4, 5]
     assert plan.expert_offsets.tolist() == [0, 1, 1, 1, 2]
-    assert segments_of(plan).tolist() == [[0, 0, 0], [3, 1, 1], *[[-1, -1, 2]] * 5]
+    assert segments_of(plan).tolist() == [[0, 0, 1, 0], [3, 1, 1, 1], *[[*NONE]] * 4]
 
 
 def test_no_pair_has_an_expert() -> None:
     plan = align(Routing(torch.full((3, 2), -1), torch.ones(3, 2)), 4)
     assert plan.rows.tolist() == list(range(6))
     assert plan.expert_offsets.tolist() == [0] * 5
-    assert segments_of(plan).tolist() == [[-1, -1, 0]] * 7
+    assert segments_of(plan).tolist() == [[*NONE]] * 6
 
 
 def test_no_tokens() -> None:
     plan = align(Routing(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)), 3)
     assert plan.rows.shape == plan.inverse.shape == (0,)
     assert plan.expert_offsets.tolist() == [0, 0, 0, 0]
-    assert segments_of(plan).tolist() == [[-1, -1, 0]]
+    assert segments_of(plan).tolist() == []
 
 
 def test_no_slots_and_all_base_slots_are_the_same() -> None:
@@ -156,10 +174,10 @@ def test_no_slots_and_all_base_slots_are_the_same() -> None:
 
 
 def test_every_pair_has_a_segment_of_its_own() -> None:
-    """The most segments there can be: the terminator is still there."""
+    """The most segments there can be."""
     case = Routing(torch.arange(6).view(6, 1), torch.ones(6, 1), torch.arange(6, dtype=torch.int32))
     plan = align(case, 6)
-    assert segments_of(plan).tolist() == [[i, i, i] for i in range(6)] + [[-1, -1, 6]]
+    assert segments_of(plan).tolist() == [[i, i, 1, i] for i in range(6)]
 
 
 def test_router_weights_are_not_looked_at() -> None:

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from quant_moelora.kernels.align.launch import _blocks
+from quant_moelora.kernels.align.launch import _blocks, _compared
 from quant_moelora.kernels.common.launch import options
 from tests.kernels.compiled import disassembled
 from tests.kernels.sass import Program
 
-PAIRS = (8, 64, 65, 1000, 32_768)  # compared each with each up to 64
+PAIRS = (8, 64, 65, 512, 1000, 32_768)  # compared each with each up to 64
 
 
-def compiled(pairs: int, lora: bool, capability: int) -> tuple[int, Program]:
-    """Registers of a thread, and the program that serves so many pairs."""
+def compiled(pairs: int, lora: bool, capability: int) -> tuple[int, int, Program]:
+    """Registers of a thread, warps, and the program that serves so many pairs."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from quant_moelora.kernels.align.kernel import align_kernel as kernel
 
-    block, size, warps = _blocks(pairs)
+    few = pairs <= 64 and not lora
+    block, size, warps = _blocks(pairs, few=few, slots=lora)
     overlap = capability >= 90
-    constants = {"TOP_K": 8, "BM": 16, "BLOCK": block, "SIZE": size, "FEW": pairs <= 64, "OVERLAP": overlap}
+    constants = {"TOP_K": 8, "BM": 16, "BLOCK": block, "SIZE": size, "FEW": few, "COMPARED": _compared(pairs, block), "OVERLAP": overlap}
     constants |= {} if lora else {"slots": None, "segments": None}
     types = dict.fromkeys(kernel.arg_names, "*i32") | {"ids": "*i64"}
-    types |= dict.fromkeys(("num_pairs", "num_experts", "num_tiles"), "i32") | dict.fromkeys(constants, "constexpr")
+    types |= dict.fromkeys([name for name in kernel.arg_names if name.startswith("num_")], "i32") | dict.fromkeys(constants, "constexpr")
     source = ASTSource(
         kernel,
         types,
@@ -34,7 +35,8 @@ def compiled(pairs: int, lora: bool, capability: int) -> tuple[int, Program]:
     )
     given = {"num_warps": warps, **options(overlap)}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=given)
-    return disassembled(made.asm["cubin"])
+    registers, program = disassembled(made.asm["cubin"])
+    return registers, warps, program
 
 
 @pytest.mark.slow
@@ -44,8 +46,8 @@ def compiled(pairs: int, lora: bool, capability: int) -> tuple[int, Program]:
 def test_registers_suffice_and_nothing_is_shared(pairs: int, lora: bool, capability: int) -> None:
     """Nothing is spilled, and no word of memory is one that several programs change."""
     pytest.importorskip("triton")
-    registers, program = compiled(pairs, lora, capability)
-    assert registers * 32 * _blocks(pairs)[2] <= 65_536, "a block has to fit a multiprocessor"
+    registers, warps, program = compiled(pairs, lora, capability)
+    assert registers * 32 * warps <= 65_536, "a block has to fit a multiprocessor"
     names = {instruction.name for instruction in program.instructions}
     assert not names & {"LDL", "STL"}, "spills"
     assert not names & {"ATOM", "ATOMG", "RED", "REDG"}, "atomics"

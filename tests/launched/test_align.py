@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def check(case: Routing, experts: int, height: int, length: int | None = None) -
         assert plan.segments is None
         return
     assert plan.segments is not None
-    assert plan.segments.shape == (case.num_pairs + 1, 3)
+    assert plan.segments.dtype == torch.int32 and plan.segments.shape == (len(segments), 4)
     assert [tuple(row) for row in plan.segments.tolist()] == segments
 
 
@@ -179,11 +180,25 @@ def test_one_expert_has_all_pairs(slots: int, pairs: int) -> None:
 
 @pytest.mark.parametrize("tokens", [20, 60])
 def test_slots_are_values_and_never_an_index(tokens: int) -> None:
-    """Any int32, in the order of the numbers; also such that differ in their highest digit only."""
+    """Any int32, in the order of the numbers; also such that differ in their highest digit only.
+
+    Those that the context does not have are one.
+    """
     limits = torch.iinfo(torch.int32)
     values = torch.tensor([limits.min, limits.min + 1, -(2**28), -2, -1, 0, 2**28, limits.max], dtype=torch.int32)
     slots = values[torch.randint(0, len(values), (tokens,))]
-    check(routing(tokens, 2, 3, slots=slots), 3, 16)
+    for num_slots in (2**31 - 1, 2**28, 1, 0):
+        check(replace(routing(tokens, 2, 3, slots=slots), num_slots=num_slots), 3, 16)
+
+
+@pytest.mark.parametrize("tokens", [30, 200])
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_segments_of_several_blocks_of_rows(slots: int, tokens: int) -> None:
+    """Experts of 32 rows and more: full, short and next to full segments; places fewer than pairs."""
+    for experts in (1, 2, 5):
+        case = replace(routing(tokens, 2, experts, slots=random_slots(tokens, slots)), num_slots=slots)
+        check(case, experts, 16)
+        check(replace(case, slots=torch.zeros(tokens, dtype=torch.int32)), experts, 16)
 
 
 # Keys are experts times slots, the base model's among them. Interpreted, with few experts.

@@ -97,7 +97,7 @@ def steps(info: MoEQuantInfo, dtype: torch.dtype) -> tuple[RecordingBase, list[t
     adapters = adapters_for(info)
     routing = random_routing(info.num_experts, len(adapters))
     plan, ws, base = align(routing, info.num_experts), Workspace(info.device), RecordingBase()
-    injection = LoRAInjection(base, build_context(info, adapters, torch.float32))
+    injection = LoRAInjection(base, build_context(info, adapters, torch.float32), info)
     x = torch.randn(TOKENS, info.hidden_size).to(dtype)
     gate_up = torch.randn(routing.num_pairs, 2 * info.inter_pad).to(dtype)
     h = torch.randn(routing.num_pairs, info.inter_pad).to(dtype)
@@ -152,7 +152,7 @@ def test_the_base_callables_are_those_of_the_layer(monkeypatch: pytest.MonkeyPat
     """The closures wrap what they were given and call nothing else of it, whatever happens to the base later."""
     base = RecordingBase()
     info = dense_info()
-    injection = LoRAInjection(base, build_context(info, adapters_for(info), torch.float32))
+    injection = LoRAInjection(base, build_context(info, adapters_for(info), torch.float32), info)
     other: Callable[..., Tensor] = lambda *args: pytest.fail("looked up in a forward")  # noqa: E731
     monkeypatch.setattr(base, "activation", other)
     monkeypatch.setattr(base, "moe_sum", other)

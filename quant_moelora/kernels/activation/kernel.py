@@ -10,7 +10,8 @@ from quant_moelora.kernels.common.kernel import follow
 
 
 @triton.jit
-def _function(x, NAME: tl.constexpr):
+def function(x, NAME: tl.constexpr):
+    """The activation of one value, float32."""
     if NAME == "silu":
         return x / (1.0 + tl.exp(-x))
     elif NAME == "gelu":
@@ -33,7 +34,7 @@ def gated(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, NAME: tl.constexpr
         up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
         return gate / (1.0 + tl.exp(-ALPHA * gate)) * (up + 1.0)
     else:
-        return _function(gate, NAME) * up
+        return function(gate, NAME) * up
 
 
 @triton.jit
@@ -79,6 +80,6 @@ def activate_kernel(
         if WEIGHTED:
             weight = tl.load(weights + pair)
             gate, up = gate * weight, up * weight
-        value = gated(gate, up, ALPHA, LIMIT, NAME) if GATED else _function(up, NAME)
+        value = gated(gate, up, ALPHA, LIMIT, NAME) if GATED else function(up, NAME)
         value = tl.where(real, value, 0.0)  # not every activation is 0 at 0
         tl.store(h + row * INTER_PAD + column, value.to(h.dtype.element_ty), mask=column < INTER_PAD)

@@ -1,8 +1,8 @@
 """align in Triton: one launch, a program an expert, and a last one for the pairs without an expert.
 
 Each program looks at all experts' ids, keeps its own pairs and sorts them by slot, so that the work does not depend on
-how many slots there are; few pairs it compares each with each (`_place_few`). Where its tiles and segments stand
-follows from how many pairs lower experts have: programs need nothing from one another.
+how many slots there are; few pairs it compares each with each (`_place_few`, `_compare_own`). Where its tiles and
+segments stand follows from how many pairs lower experts have: programs need nothing from one another.
 """
 
 # pyright: reportUntypedFunctionDecorator=false, reportUnknownParameterType=false, reportMissingParameterType=false
@@ -11,7 +11,10 @@ follows from how many pairs lower experts have: programs need nothing from one a
 import triton
 import triton.language as tl
 
+from quant_moelora.core.routing import SEGMENT_ROWS
 from quant_moelora.kernels.common.kernel import follow
+
+SEGMENT = tl.constexpr(SEGMENT_ROWS)
 
 
 @triton.jit
@@ -20,6 +23,13 @@ def _experts(ids, pair, there, num_experts):
     expert = tl.load(ids + pair, mask=there, other=0)
     expert = tl.where((expert >= 0) & (expert < num_experts), expert, num_experts).to(tl.int32)
     return tl.where(there, expert, num_experts + 1)
+
+
+@triton.jit
+def _slots(slots, pair, there, num_slots, TOP_K: tl.constexpr):
+    """Slots of pairs: num_slots for one that is none."""
+    slot = tl.load(slots + pair // TOP_K, mask=there, other=0)
+    return tl.where((slot >= -1) & (slot < num_slots), slot, num_slots)
 
 
 @triton.jit
@@ -58,6 +68,7 @@ def _place(
     sorts,
     num_pairs,
     num_experts,
+    num_slots,
     TOP_K: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -81,25 +92,25 @@ def _place(
             tl.store(inverse + pair, to, mask=mine)
         else:
             mine &= sorts
-            slot = tl.load(slots + pair // TOP_K, mask=mine, other=0)
+            slot = _slots(slots, pair, mine, num_slots, TOP_K)
             lowest = tl.minimum(lowest, tl.where(mine, slot, 2**31 - 1))
             highest = tl.maximum(highest, tl.where(mine, slot, -(2**31)))
     return tl.min(tl.min(lowest, 1), 0), tl.max(tl.max(highest, 1), 0)
 
 
 @triton.jit
-def _digits(source, slots, first, count, lowest, shift, TOP_K: tl.constexpr, SIZE: tl.constexpr):
+def _digits(source, slots, first, count, lowest, shift, num_slots, TOP_K: tl.constexpr, SIZE: tl.constexpr):
     """SIZE pairs from ``first`` on, and for each a column with a one at the 4 bits of its slot from ``shift`` on."""
     i = first + tl.arange(0, SIZE)
     there = i < count
     pair = tl.load(source + i, mask=there, other=0)
-    slot = tl.load(slots + pair // TOP_K, mask=there, other=0).to(tl.int64)
+    slot = _slots(slots, pair, there, num_slots, TOP_K).to(tl.int64)
     digit = tl.where(there, ((slot - lowest) >> shift) & 15, 16).to(tl.int32)
     return pair, there, (digit[None, :] == tl.arange(0, 16)[:, None]).to(tl.int32)
 
 
 @triton.jit
-def _sort(order, slots, begin, count, lowest, highest, num_pairs, TOP_K: tl.constexpr, SIZE: tl.constexpr):
+def _sort(order, slots, begin, count, lowest, highest, num_pairs, num_slots, TOP_K: tl.constexpr, SIZE: tl.constexpr):
     """Sort the ``count`` pairs from ``begin`` on by slot, stably; return the row of ``order`` that holds the result.
 
     4 bits at a time, from the lowest up, from one row to the other and back. Slots that are all the same need no pass.
@@ -114,11 +125,11 @@ def _sort(order, slots, begin, count, lowest, highest, num_pairs, TOP_K: tl.cons
         target = order + (1 - row) * num_pairs + begin
         sizes = tl.zeros((16,), tl.int32)
         for first in tl.range(0, count, SIZE):
-            _, _, ones = _digits(source, slots, first, count, lowest, shift, TOP_K, SIZE)
+            _, _, ones = _digits(source, slots, first, count, lowest, shift, num_slots, TOP_K, SIZE)
             sizes += tl.sum(ones, 1)
         begins = tl.cumsum(sizes, 0) - sizes
         for first in tl.range(0, count, SIZE):
-            pair, there, ones = _digits(source, slots, first, count, lowest, shift, TOP_K, SIZE)
+            pair, there, ones = _digits(source, slots, first, count, lowest, shift, num_slots, TOP_K, SIZE)
             place = tl.sum(ones * (begins[:, None] + tl.cumsum(ones, 1)), 0) - 1
             tl.store(target + place, pair, mask=there)
             begins += tl.sum(ones, 1)
@@ -129,30 +140,26 @@ def _sort(order, slots, begin, count, lowest, highest, num_pairs, TOP_K: tl.cons
 
 
 @triton.jit
-def _opens(source, slots, first, count, sorts, TOP_K: tl.constexpr, SIZE: tl.constexpr):
-    """SIZE sorted pairs from ``first`` on, their slots, and which open a segment: other slots than the one before.
-
-    Without ``sorts`` none does.
-    """
-    i = first + tl.arange(0, SIZE)
-    there = i < count
-    pair = tl.load(source + i, mask=there, other=0)
-    slot = tl.load(slots + pair // TOP_K, mask=there, other=0)
-    pair_before = tl.load(source + i - 1, mask=there & (i > 0), other=0)
-    slot_before = tl.load(slots + pair_before // TOP_K, mask=there & (i > 0), other=0)
-    return i, pair, slot, there, there & sorts & ((i == 0) | (slot != slot_before))
+def _later(a, b):
+    return tl.maximum(a, b)
 
 
 @triton.jit
-def _store_row(segments, opens, opened, place, begin, end, expert, slot, sorts, mask):
-    """The row of the segments that a pair at a sorted place writes: that of the segment it opens, or an empty one.
+def _store_segment(segments, at, expert, last_row, within, slot, mask):
+    """The segment that ends with a row, of which ``within`` of its expert and slot come before."""
+    before = within % SEGMENT
+    tl.store(segments + at * 4, expert, mask=mask)
+    tl.store(segments + at * 4 + 1, last_row - before, mask=mask)
+    tl.store(segments + at * 4 + 2, before + 1, mask=mask)
+    tl.store(segments + at * 4 + 3, slot, mask=mask)
 
-    Of the expert's pairs before it ``opened`` opened a segment; the others have the rows from its last one down.
-    """
-    row = tl.where(opens, begin + opened, end - 1 - (place - begin - opened))
-    tl.store(segments + row * 3, tl.where(opens, expert, -1), mask=mask)
-    tl.store(segments + row * 3 + 1, tl.where(opens, slot, -1), mask=mask)
-    tl.store(segments + row * 3 + 2, tl.where(opens, place, tl.where(sorts, end, begin)), mask=mask)
+
+@triton.jit
+def _sorted_slots(source, slots, i, count, num_slots, TOP_K: tl.constexpr):
+    """Pairs at sorted places i of the own ones, and their slots."""
+    there = (i >= 0) & (i < count)
+    pair = tl.load(source + i, mask=there, other=0)
+    return pair, _slots(slots, pair, there, num_slots, TOP_K)
 
 
 @triton.jit
@@ -167,57 +174,88 @@ def _write_sorted(
     count,
     sorts,
     num_pairs,
+    num_slots,
     TOP_K: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Bring the sorted pairs into the first row of ``order``; write their inverse and their rows of the segments."""
-    opened = 0
+    """Bring the sorted pairs into the first row of ``order``, write their inverse and segments, and count these."""
+    source = order + row * num_pairs + begin
+    place = _first_segment(own, begin, num_pairs, num_slots)
+    held = 0
+    opened = 0  # place of the last row that has another slot than the one before
     for first in tl.range(0, count, SIZE):
-        i, pair, slot, there, opens = _opens(order + row * num_pairs + begin, slots, first, count, sorts, TOP_K, SIZE)
-        place = begin + i
-        tl.store(order + place, pair, mask=there)
-        tl.store(inverse + pair, place, mask=there)
-        ones = opens.to(tl.int32)
-        before = opened + tl.cumsum(ones, 0) - ones
-        _store_row(segments, opens, before, place, begin, begin + count, own, slot, sorts, there)
-        opened += tl.sum(ones, 0)
+        i = first + tl.arange(0, SIZE)
+        there = i < count
+        pair, slot = _sorted_slots(source, slots, i, count, num_slots, TOP_K)
+        _, before = _sorted_slots(source, slots, i - 1, count, num_slots, TOP_K)
+        _, after = _sorted_slots(source, slots, i + 1, count, num_slots, TOP_K)
+        tl.store(order + begin + i, pair, mask=there)
+        tl.store(inverse + pair, begin + i, mask=there)
+        start = tl.where((i > 0) & (slot == before), 0, i)
+        start = tl.maximum(tl.associative_scan(start, 0, _later), opened)
+        opened = tl.max(tl.where(there, start, 0), 0)
+        within = i - start
+        ends = there & sorts & ((i == count - 1) | (slot != after) | (within % SEGMENT == SEGMENT - 1))
+        ones = ends.to(tl.int32)
+        at = place + held + tl.cumsum(ones, 0) - 1
+        _store_segment(segments, at, own, begin + i, within, slot, ends)
+        held += tl.sum(ones, 0)
+    return held
 
 
 @triton.jit
-def _place_few(
-    ids,
-    slots,
-    rows,
-    inverse,
-    segments,
-    own,
-    num_pairs,
-    num_experts,
-    TOP_K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _place_few(ids, rows, inverse, own, num_pairs, num_experts, BLOCK: tl.constexpr):
     """Everything of the own pairs, from how many pairs come before each; return where they begin and how many."""
     pair = tl.arange(0, BLOCK)
     expert = _experts(ids, pair, pair < num_pairs, num_experts)
     mine = expert == own
     begin = tl.sum((expert < own).to(tl.int32), 0)
     count = tl.sum(mine.to(tl.int32), 0)
-    same_key = expert[None, :] == expert[:, None]
-    before = expert[None, :] < expert[:, None]
-    if slots is not None:
-        slot = tl.load(slots + pair // TOP_K, mask=expert < num_experts, other=0)
-        before |= same_key & (slot[None, :] < slot[:, None])
-        same_key &= slot[None, :] == slot[:, None]
-    same_before = same_key & (pair[None, :] < pair[:, None])
-    place = tl.sum((before | same_before).to(tl.int32), 1)
+    same_before = (expert[None, :] == expert[:, None]) & (pair[None, :] < pair[:, None])
+    place = tl.sum(((expert[None, :] < expert[:, None]) | same_before).to(tl.int32), 1)
     tl.store(rows + place, pair, mask=mine)
     tl.store(inverse + pair, place, mask=mine)
-    if slots is not None:
-        sorts = own < num_experts
-        opens = (tl.max(same_before.to(tl.int32), 1) == 0) & mine & sorts
-        opened = tl.sum((tl.where(opens, place, BLOCK)[None, :] < place[:, None]).to(tl.int32), 1)
-        _store_row(segments, opens, opened, place, begin, begin + count, own, slot, sorts, mine)
     return begin, count
+
+
+@triton.jit
+def _compare_own(
+    order, slots, inverse, segments, own, begin, count, place, num_slots, TOP_K: tl.constexpr, MOST: tl.constexpr
+):
+    """Sort the own pairs by slot, each compared with each; write all that is known of them; return their segments.
+
+    Segments stand from ``place`` on. For few pairs this is faster than sorting them by digits.
+    """
+    i = tl.arange(0, MOST)
+    pair, slot = _sorted_slots(order + begin, slots, i, count, num_slots, TOP_K)
+    there = i < count
+    both = there[None, :] & there[:, None]
+    same = both & (slot[None, :] == slot[:, None])
+    within = tl.sum((same & (i[None, :] < i[:, None])).to(tl.int32), 1)
+    to = within + tl.sum((both & (slot[None, :] < slot[:, None])).to(tl.int32), 1)
+    after = tl.sum((same & (i[None, :] > i[:, None])).to(tl.int32), 1)
+    ends = there & ((after == 0) | (within % SEGMENT == SEGMENT - 1))
+    earlier = tl.sum((ends[None, :] & (to[None, :] < to[:, None])).to(tl.int32), 1)
+    tl.debug_barrier()  # all have read where they will write
+    tl.store(order + begin + to, pair, mask=there)
+    tl.store(inverse + pair, begin + to, mask=there)
+    _store_segment(segments, place + earlier, own, begin + to, within, slot, ends)
+    return tl.sum(ends.to(tl.int32), 0)
+
+
+@triton.jit
+def _first_segment(expert, begin, num_pairs, num_slots):
+    """Where an expert's segments begin, if ``begin`` pairs have lower ones; see `Plan.segments`."""
+    each = tl.minimum(num_slots, num_pairs) + 2  # with more of them the other place is the lower one
+    return tl.minimum(begin, expert.to(tl.int64) * each + begin // SEGMENT).to(tl.int32)
+
+
+@triton.jit
+def _end_segments(segments, place, past, SIZE: tl.constexpr):
+    """No rows in the places from ``place`` up to ``past``."""
+    for first in tl.range(place * 4, past * 4, SIZE):
+        word = first + tl.arange(0, SIZE)
+        tl.store(segments + word, 0, mask=word < past * 4)
 
 
 @triton.jit
@@ -253,42 +291,58 @@ def align_kernel(
     order,  # (1, P) int32, with slots (2, P); the first row is the Plan's rows
     inverse,  # (P,) int32
     offsets,  # (E + 1,) int32
-    segments,  # (P + 1, 3) int32, or None
+    segments,  # (T, 4) int32, or None
     tiles,  # (T, 4) int32
     num_pairs,
     num_experts,
+    num_slots,
+    num_segments,
     num_tiles,
     TOP_K: tl.constexpr,
     BM: tl.constexpr,
     BLOCK: tl.constexpr,  # pairs that a program looks at together
     SIZE: tl.constexpr,  # own pairs or tiles that it works on together
-    FEW: tl.constexpr,  # BLOCK is at least P
+    FEW: tl.constexpr,  # without slots; BLOCK is at least P
+    COMPARED: tl.constexpr,  # most own pairs of slots that are compared each with each
     OVERLAP: tl.constexpr,
 ):
     """The Plan and its tiles. Ids outside the experts and slots are never used as an index."""
     follow(OVERLAP)
     own = tl.program_id(0)
     sorts = own < num_experts
+    held = 0
     if FEW:
-        begin, count = _place_few(ids, slots, order, inverse, segments, own, num_pairs, num_experts, TOP_K, BLOCK)
+        begin, count = _place_few(ids, order, inverse, own, num_pairs, num_experts, BLOCK)
     else:
         WIDTH: tl.constexpr = 16  # pairs that lie in a line of the cache
         LANES: tl.constexpr = BLOCK // WIDTH
         chunk = (num_pairs + BLOCK - 1) // BLOCK * WIDTH
         begin, mine = _count(ids, own, chunk, num_pairs, num_experts, LANES, WIDTH)
         count = tl.sum(mine, 0)
-        place = begin + tl.cumsum(mine, 0) - mine
+        to = begin + tl.cumsum(mine, 0) - mine
         lowest, highest = _place(
-            ids, slots, order, inverse, own, place, chunk, sorts, num_pairs, num_experts, TOP_K, LANES, WIDTH
+            ids, slots, order, inverse, own, to, chunk, sorts, num_pairs, num_experts, num_slots, TOP_K, LANES, WIDTH
         )
         if slots is not None:
-            row = _sort(order, slots, begin, count, lowest, highest, num_pairs, TOP_K, SIZE)
-            _write_sorted(order, slots, inverse, segments, own, row, begin, count, sorts, num_pairs, TOP_K, SIZE)
+            compared = 0
+            if COMPARED > 0:
+                compared = tl.where(sorts & (count <= COMPARED), count, 0)
+                tl.debug_barrier()
+                place = _first_segment(own, begin, num_pairs, num_slots)
+                held = _compare_own(
+                    order, slots, inverse, segments, own, begin, compared, place, num_slots, TOP_K, COMPARED
+                )
+            if count > compared:
+                row = _sort(order, slots, begin, count, lowest, highest, num_pairs, num_slots, TOP_K, SIZE)
+                held = _write_sorted(
+                    order, slots, inverse, segments, own, row, begin, count, sorts, num_pairs, num_slots, TOP_K, SIZE
+                )
     tl.store(offsets + own, begin)
     _list_tiles(tiles, own, begin, count, num_experts, num_tiles, BM, SIZE)
-    if slots is not None:  # the row that says where the last segment ends
-        last = tl.arange(0, 4)
-        tl.store(segments + num_pairs * 3 + last, tl.where(last < 2, -1, begin), mask=(last < 3) & (own == num_experts))
+    if slots is not None:
+        place = _first_segment(own, begin, num_pairs, num_slots)
+        past = tl.where(sorts, _first_segment(own + 1, begin + count, num_pairs, num_slots), num_segments)
+        _end_segments(segments, place + held, past, SIZE)
 
 
 @triton.jit

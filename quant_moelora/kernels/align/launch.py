@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from quant_moelora.core.errors import ShapeError
-from quant_moelora.core.routing import Plan, Routing
+from quant_moelora.core.routing import Plan, Routing, num_segments
 from quant_moelora.kernels.common.launch import launch, overlaps
 
 COMPACT = 128  # rows of a tile, from which on the list has no gaps
 _FEW = 64  # pairs, of which each program compares all with all
+_COMPARED = 32  # own pairs that a program compares each with each, before it sorts them by digits
 _BLOCK = 4096  # pairs that a program looks at together, at most
 
 
@@ -34,7 +35,7 @@ def align(routing: Routing, num_experts: int, tile_rows: int, length: int | None
         ShapeError: a list shorter than that.
     """
     rows, inverse, offsets, segments, tiles = align_tensors(
-        routing.topk_ids, routing.slots, num_experts, tile_rows, length
+        routing.topk_ids, routing.slots, num_experts, routing.num_slots, tile_rows, length
     )
     return Plan(rows, inverse, offsets, segments), tiles
 
@@ -43,6 +44,7 @@ def align_tensors(
     topk_ids: Tensor,  # (M, k) int32 or int64
     slots: Tensor | None,  # (M,) int32
     num_experts: int,
+    num_slots: int,
     tile_rows: int,
     length: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
@@ -62,11 +64,12 @@ def align_tensors(
 
     order = new(1 if slots is None else 2, pairs)  # the second row is where pairs are put while they are sorted
     inverse, offsets = new(pairs), new(num_experts + 1)
-    segments = None if slots is None else new(pairs + 1, 3)
+    segments = None if slots is None else new(num_segments(pairs, num_experts, num_slots), 4)
     tiles = new(least if length is None else length, 4)
     from quant_moelora.kernels.align.kernel import align_kernel
 
-    block, size, warps = _blocks(pairs)
+    few = pairs <= _FEW and slots is None
+    block, size, warps = _blocks(pairs, few=few, slots=slots is not None)
     overlap = overlaps(device)
     launch(
         align_kernel,
@@ -81,12 +84,15 @@ def align_tensors(
         tiles,
         pairs,
         num_experts,
+        num_slots,
+        0 if segments is None else len(segments),
         len(tiles),
         TOP_K=topk_ids.shape[1],
         BM=tile_rows,
         BLOCK=block,
         SIZE=size,
-        FEW=pairs <= _FEW,
+        FEW=few,
+        COMPARED=_compared(pairs, block),
         OVERLAP=overlap,
         overlap=overlap,
         num_warps=warps,
@@ -108,14 +114,19 @@ def _compact(
     return tiles
 
 
-def _blocks(pairs: int) -> tuple[int, int, int]:
+def _blocks(pairs: int, *, few: bool, slots: bool) -> tuple[int, int, int]:
     """Pairs that a program looks at together, own pairs that it sorts together, and warps."""
     block = max(16, 1 << (pairs - 1).bit_length())
-    if pairs <= _FEW:
+    if few:
         return block, block, max(1, block * block // 1024)  # 32 comparisons a thread
     block = min(_BLOCK, block)
-    warps = min(16, max(4, block // 128))
-    return block, 32 * warps, warps  # 16 digits a thread
+    warps = min(16, max(4, block // (64 if slots else 128)))
+    return block, (16 if slots else 32) * warps, warps  # 16 digits a thread
+
+
+def _compared(pairs: int, block: int) -> int:
+    """Most own pairs of slots that are compared each with each; with many pairs an expert has more of them."""
+    return min(_COMPARED, block) if pairs <= _BLOCK else 0
 
 
 def num_tiles(num_pairs: int, num_experts: int, tile_rows: int) -> int:

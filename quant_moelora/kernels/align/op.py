@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quant_moelora.core.routing import Plan, Routing
+from quant_moelora.core.routing import Plan, Routing, num_segments
 from quant_moelora.kernels.align.launch import align_tensors
 from quant_moelora.kernels.common.library import define, fields
 from quant_moelora.kernels.grouped_gemm.choice import TileSource
@@ -19,13 +19,14 @@ def _results(
     topk_ids: Tensor,  # as of `_compute`
     slots: Tensor | None,
     num_experts: int,
+    num_slots: int,
     shape: str,
     tuned_configs: str,
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     pairs = topk_ids.numel()
-    segments = 0 if slots is None else pairs + 1
+    segments = 0 if slots is None else num_segments(pairs, num_experts, num_slots)
     tiles = num_experts + pairs // _LEAST_HEIGHT
-    shapes = ((pairs,), (pairs,), (num_experts + 1,), (segments, 3), (tiles, 4))
+    shapes = ((pairs,), (pairs,), (num_experts + 1,), (segments, 4), (tiles, 4))
     return [(shape, torch.int32) for shape in shapes]
 
 
@@ -33,6 +34,7 @@ def _compute(
     topk_ids: Tensor,  # (M, k) int32 or int64
     slots: Tensor | None,  # (M,) int32
     num_experts: int,
+    num_slots: int,
     shape: str,
     tuned_configs: str,
 ) -> Sequence[Tensor]:  # rows, inverse, expert_offsets, segments, tiles
@@ -41,26 +43,29 @@ def _compute(
     with torch.cuda.device_of(topk_ids):  # Triton launches on the current device, whichever the tensors are on
         height = TileSource(shape, tuned_configs).tiles(max(1, pairs), topk_ids.device).bm
         length = num_experts + pairs // _LEAST_HEIGHT
-        rows, inverse, offsets, segments, tiles = align_tensors(topk_ids, slots, num_experts, height, length)
-    return rows, inverse, offsets, tiles.new_empty(0, 3) if segments is None else segments, tiles
+        rows, inverse, offsets, segments, tiles = align_tensors(topk_ids, slots, num_experts, num_slots, height, length)
+    return rows, inverse, offsets, tiles.new_empty(0, 4) if segments is None else segments, tiles
 
 
 def _write(
     topk_ids: Tensor,  # as of `_compute`
     slots: Tensor | None,
     num_experts: int,
+    num_slots: int,
     shape: str,
     tuned_configs: str,
     *results: Tensor,
 ) -> None:
-    for held, made in zip(results, _compute(topk_ids, slots, num_experts, shape, tuned_configs), strict=True):
+    for held, made in zip(
+        results, _compute(topk_ids, slots, num_experts, num_slots, shape, tuned_configs), strict=True
+    ):
         held.copy_(made)
 
 
 _OUTPUTS = ("rows", "inverse", "expert_offsets", "segments", "tiles")
 align, align_out = define(
     "align",
-    f"Tensor topk_ids, Tensor? slots, int num_experts, {fields(TileSource)}",
+    f"Tensor topk_ids, Tensor? slots, int num_experts, int num_slots, {fields(TileSource)}",
     _OUTPUTS,
     _results,
     _write,
@@ -70,5 +75,7 @@ align, align_out = define(
 
 def plan_of(routing: Routing, num_experts: int, source: TileSource) -> tuple[Plan, Tensor]:
     """The Plan of a routing, and its tiles for the operator `grouped_gemm`."""
-    rows, inverse, offsets, segments, tiles = align(routing.topk_ids, routing.slots, num_experts, *source)
+    rows, inverse, offsets, segments, tiles = align(
+        routing.topk_ids, routing.slots, num_experts, routing.num_slots, *source
+    )
     return Plan(rows, inverse, offsets, None if routing.slots is None else segments), tiles

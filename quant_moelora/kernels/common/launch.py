@@ -48,6 +48,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return _capability(device.index or 0) if _on_gpu(device) else (10, 0)
 
 
+def is_interpreted(device: torch.device) -> bool:
+    """Whether kernels are interpreted there: Triton runs on no other device than a GPU."""
+    return not _on_gpu(device)
+
+
 def gpu_name(device: torch.device) -> str:
     """Name of the GPU, by which tables of tiles are found; the device's type where there is none."""
     return _gpu_name(device.index or 0) if _on_gpu(device) else device.type

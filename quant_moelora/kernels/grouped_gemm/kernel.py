@@ -13,6 +13,7 @@ import triton.language as tl
 from quant_moelora.kernels.activation.kernel import gated
 from quant_moelora.kernels.common.kernel import follow
 from quant_moelora.kernels.dequant.kernel import dequantize
+from quant_moelora.kernels.lora.kernel import expand2, shrink13
 
 
 @triton.jit
@@ -188,6 +189,35 @@ def _fitting(problem, expert, begin, count, pn, BM: tl.constexpr, SPEC: tl.const
 
 
 @triton.jit
+def _tile(problem, pid, tiles, num_tiles, num_experts, SPEC: tl.constexpr):
+    """The tile of a program."""
+    BM: tl.constexpr = SPEC.tile.bm
+    nn: tl.constexpr = SPEC.n // SPEC.tile.bn
+    pm, pn = _swept(pid, num_tiles, nn, SPEC.tile.group_m)
+    if SPEC.direct:
+        expert = tl.load(tiles + pm).to(tl.int64)
+        if (expert >= 0) & (expert < num_experts):
+            _fitting(problem, expert, pm, 1, pn, BM, SPEC)
+    else:
+        expert = tl.load(tiles + pm * 4).to(tl.int64)
+        begin = tl.load(tiles + pm * 4 + 1)
+        count = tl.load(tiles + pm * 4 + 2)
+        if count > 0:
+            _fitting(problem, expert, begin, count, pn, BM, SPEC)
+
+
+@triton.jit
+def _ride(program, rider, RIDER: tl.constexpr, SHRINKS: tl.constexpr):
+    """A program of LoRA."""
+    if SHRINKS:
+        x, stride_x, rows, v, tables, held = rider
+        shrink13(program, x, stride_x, rows, v, tables, held, RIDER)
+    else:
+        v, delta, tables, held = rider
+        expand2(program, v, delta, tables, held, RIDER)
+
+
+@triton.jit
 def grouped_gemm_kernel(
     x,  # (M, x_columns) if SPEC.gather, otherwise (P, x_columns) in sorted order, (halves, P, k) if SPEC.by_half
     stride_x,
@@ -205,13 +235,18 @@ def grouped_gemm_kernel(
     num_tiles,  # T
     num_experts,
     top_k,
+    rider,  # arguments of LoRA's kernel, or None
+    riding,  # its programs
     SPEC: tl.constexpr,
+    RIDER: tl.constexpr = None,  # its LoRASpec
+    SHRINKS: tl.constexpr = False,  # whether it is `shrink13`, or `expand2`
 ):
-    """Each sorted row of x, or that of its token, times the weight of its expert."""
-    BM: tl.constexpr = SPEC.tile.bm
-    nn: tl.constexpr = SPEC.n // SPEC.tile.bn
+    """Each sorted row of x, or that of its token, times the weight of its expert.
+
+    Programs of LoRA, which need as little of a multiprocessor as a tile of few rows, may ride along in front of these.
+    """
     follow(SPEC.overlap)
-    pm, pn = _swept(tl.program_id(0), num_tiles, nn, SPEC.tile.group_m)
+    pid = tl.program_id(0)
     problem = (
         x,
         stride_x,
@@ -227,13 +262,13 @@ def grouped_gemm_kernel(
         rows,
         top_k,
     )
-    if SPEC.direct:
-        expert = tl.load(tiles + pm).to(tl.int64)
-        if (expert >= 0) & (expert < num_experts):
-            _fitting(problem, expert, pm, 1, pn, BM, SPEC)
+    if RIDER is None:
+        _tile(problem, pid, tiles, num_tiles, num_experts, SPEC)
     else:
-        expert = tl.load(tiles + pm * 4).to(tl.int64)
-        begin = tl.load(tiles + pm * 4 + 1)
-        count = tl.load(tiles + pm * 4 + 2)
-        if count > 0:
-            _fitting(problem, expert, begin, count, pn, BM, SPEC)
+        SPLIT: tl.constexpr = SPEC.tile.split
+        ahead = (riding + SPLIT - 1) // SPLIT
+        program = pid * SPLIT + tl.program_id(1)
+        if pid >= ahead:
+            _tile(problem, pid - ahead, tiles, num_tiles, num_experts, SPEC)
+        elif program < riding:
+            _ride(program, rider, RIDER, SHRINKS)

@@ -12,6 +12,7 @@ from quant_moelora.kernels.common.launch import capability, launch, multiprocess
 from quant_moelora.kernels.dequant.prepare import PreparedWeight
 from quant_moelora.kernels.grouped_gemm.spec import GemmSpec, Tile, uses_mma_sync
 from quant_moelora.kernels.grouped_gemm.specialized.config import aligned
+from quant_moelora.kernels.lora.launch import Rider
 
 _INT32_MAX = 2**31 - 1
 
@@ -25,6 +26,7 @@ def grouped_gemm(
     out: Tensor,  # (P, columns) of x's dtype, or (split, P, columns) float32
     tile: Tile,
     activation: Activation | None = None,
+    rider: Rider | None = None,
     *,
     plain: bool = False,
 ) -> Tensor:
@@ -36,21 +38,20 @@ def grouped_gemm(
     Args:
         weight: the weight, for x's dtype.
         tiles: the work.
-        rows: the plan's rows.
         top_k: of w13; None for x in sorted order.
         out: all columns of the weight, or the logical ones of one half.
         tile: how to cut it; with consumers, for the kernel in `specialized`, which gives the same bits.
         activation: applied to gate and up, rounded to the dtype of ``out``, which then has the columns of one half.
+        rider: work of LoRA that the launch does beside the product; not with consumers.
         plain: for the interpreter, with scales and zero points as they are stored.
     """
-    if tile.consumers:
-        x = aligned(x)
+    x = aligned(x) if tile.consumers else x
     spec = _spec(x, weight, rows is None, top_k, out, tile, activation, plain=plain)
-    row_tiles = tiles.shape[0]
+    row_tiles, riding = tiles.shape[0], 0 if rider is None else rider.programs
     if not row_tiles:
         return out
     launch(
-        *_kernel(spec, row_tiles, x.device),
+        *_kernel(spec, row_tiles, riding, x.device),
         out,
         x,
         x.stride(-2),
@@ -68,7 +69,9 @@ def grouped_gemm(
         row_tiles,
         weight.num_experts,
         top_k or 1,
+        *(() if tile.consumers else (rider and rider.arguments, riding)),
         SPEC=spec,
+        **({} if rider is None else {"RIDER": rider.spec, "SHRINKS": rider.shrinks}),
         num_warps=tile.warps,
         maxnreg=tile.registers,
         overlap=spec.overlap,
@@ -76,16 +79,18 @@ def grouped_gemm(
     return out
 
 
-def _kernel(spec: GemmSpec, row_tiles: int, device: torch.device) -> tuple[Any, tuple[int, int]]:
+def _kernel(spec: GemmSpec, row_tiles: int, riding: int, device: torch.device) -> tuple[Any, tuple[int, int]]:
     """The kernel of a tile, whose launcher Triton gives no types, and how many programs it has."""
     tile = spec.tile
     if not tile.consumers:
         from quant_moelora.kernels.grouped_gemm.kernel import grouped_gemm_kernel
 
-        return grouped_gemm_kernel, (row_tiles * (spec.n // tile.bn), tile.split)
+        return grouped_gemm_kernel, (row_tiles * (spec.n // tile.bn) + -(-riding // tile.split), tile.split)
     from quant_moelora.kernels.grouped_gemm.specialized.kernel import specialized_gemm_kernel
 
-    assert not (spec.by_half or spec.direct or spec.plain or tile.split > 1), "`serves` says what there is no loop for"
+    assert not (riding or spec.by_half or spec.direct or spec.plain or tile.split > 1), (
+        "`serves` says what there is no loop for"
+    )
     return specialized_gemm_kernel, (min(multiprocessors(device), row_tiles * -(-spec.n // tile.bn)), 1)
 
 

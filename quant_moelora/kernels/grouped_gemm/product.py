@@ -13,6 +13,7 @@ from quant_moelora.kernels.by_half.launch import by_half
 from quant_moelora.kernels.dequant.prepare import PreparedWeight
 from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
 from quant_moelora.kernels.grouped_gemm.spec import Tile
+from quant_moelora.kernels.lora.launch import Rider
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,7 @@ class Product:
         *,
         gather: bool,
         activation: Activation | None = None,
+        rider: Rider | None = None,
     ) -> Tensor:
         """Multiply each row with its expert's weight; see `grouped_gemm`."""
         top_k = self.topk_ids.shape[1] if gather else None
@@ -55,7 +57,7 @@ class Product:
             assert self.rows is not None and gather  # only w13 has one, and its pairs are sorted (`formula`)
             copies = x.new_empty(weight.halves, self.topk_ids.numel(), weight.k_pad)
             x, top_k = by_half(x, weight, self.topk_ids, self.rows, copies), None
-        return grouped_gemm(x, weight, self.tiles, self.rows, top_k, out, tile, activation)
+        return grouped_gemm(x, weight, self.tiles, self.rows, top_k, out, tile, activation, rider)
 
 
 def summed(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from quant_moelora.core.errors import AdapterError
 from quant_moelora.core.lora_context import A2, A13, B2, B13, DOWN, GATE, NO_FACTOR, UP, MoELoRAContext
-from quant_moelora.core.routing import BASE_SLOT, NO_EXPERT, Plan
+from quant_moelora.core.routing import BASE_SLOT, Plan
 
 
 def shrink13(
@@ -41,14 +40,14 @@ def expand13(
     inter_pad = ctx.inter_pad
     for expert, slot, held in _segments(plan, ctx):
         gate_rank, up_rank, _ = ctx.rank[slot, :, expert].tolist()
-        b13 = _factor(ctx, slot, expert, B13, inter_pad, gate_rank + up_rank)
+        b13 = _factor(ctx, slot, expert, B13, gate_rank + up_rank, inter_pad)
         if b13 is None:
             continue
-        b_gate, b_up = b13.reshape(-1).split((inter_pad * gate_rank, inter_pad * up_rank))
+        b_gate, b_up = b13.split((gate_rank, up_rank))
         up_col = int(ctx.up_col[slot, expert])
         parts = ((GATE, b_gate, 0, gate_rank, 0), (UP, b_up, up_col, up_rank, gate_up.shape[1] - inter_pad))
         for projection, b, v_col, rank, column in parts:
-            delta = v[held, v_col : v_col + rank] @ b.view(inter_pad, rank).T
+            delta = v[held, v_col : v_col + rank] @ b
             gate_up[held, column : column + inter_pad] += ctx.scaling[slot, projection, expert] * delta
     return gate_up
 
@@ -77,9 +76,9 @@ def expand2(
     """Add scaling * B2 v to y, in place."""
     for expert, slot, held in _segments(plan, ctx):
         rank = int(ctx.rank[slot, DOWN, expert])
-        b2 = _factor(ctx, slot, expert, B2, ctx.hidden_size, rank)
+        b2 = _factor(ctx, slot, expert, B2, rank, ctx.hidden_size)
         if b2 is not None:
-            y[held] += ctx.scaling[slot, DOWN, expert] * (v[held, :rank] @ b2.T)
+            y[held] += ctx.scaling[slot, DOWN, expert] * (v[held, :rank] @ b2)
     return y
 
 
@@ -90,8 +89,8 @@ def _segments(plan: Plan, ctx: MoELoRAContext) -> Iterator[tuple[int, int, slice
         AdapterError: a slot that no adapter has.
     """
     table = [] if plan.segments is None else plan.segments.tolist()
-    for (expert, slot, begin), (_, _, end) in itertools.pairwise(table):
-        if expert == NO_EXPERT or slot == BASE_SLOT:
+    for expert, begin, rows, slot in table:
+        if not rows or slot == BASE_SLOT:
             continue
         if not 0 <= slot < ctx.num_slots:
             raise AdapterError(
@@ -100,7 +99,7 @@ def _segments(plan: Plan, ctx: MoELoRAContext) -> Iterator[tuple[int, int, slice
                 rule=f"{BASE_SLOT} for the base, or a slot from 0 to {ctx.num_slots - 1}",
                 remedy="pass the slots of attached adapters",
             )
-        yield expert, slot, slice(begin, end)
+        yield expert, slot, slice(begin, begin + rows)
 
 
 def _factor(ctx: MoELoRAContext, slot: int, expert: int, which: int, rows: int, columns: int) -> Tensor | None:

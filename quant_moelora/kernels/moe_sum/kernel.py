@@ -6,8 +6,11 @@
 import triton
 import triton.language as tl
 
+from quant_moelora.core import lora_context
 from quant_moelora.kernels.activation.kernel import summed
 from quant_moelora.kernels.common.kernel import follow
+
+DOWN = tl.constexpr(lora_context.DOWN)
 
 
 @triton.jit
@@ -17,8 +20,12 @@ def moe_sum_kernel(
     inverse,  # (P,) int32, sorted row of each pair; None where rows are pairs
     ids,  # (M, k)
     weights,  # (M, k) float32
+    delta,  # (P, H), added to y where an adapter has a rank; None without adapters
+    slots,  # (M,) int32
+    rank,  # (slots, 3, E) int32 of the LoRA context
     out,  # (M, H)
     num_experts,
+    num_slots,
     hidden,
     TOP_K: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -32,6 +39,9 @@ def moe_sum_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < hidden
     total = tl.zeros((BLOCK,), tl.float32)
+    if delta is not None:
+        adapter = tl.load(slots + token).to(tl.int64)
+        has = (adapter >= 0) & (adapter < num_slots)
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
         expert = tl.load(ids + pair)
@@ -39,9 +49,15 @@ def moe_sum_kernel(
         if inverse is None:  # every pair has a row: loads need not wait for the id
             value = summed(y + pair * hidden + column, part_stride, real, PARTS, out.dtype.element_ty)
             value = tl.where(held, value, 0.0)
+            row = pair
         else:
             row = tl.load(inverse + pair).to(tl.int64)
             value = summed(y + row * hidden + column, part_stride, real & held, PARTS, out.dtype.element_ty)
+        if delta is not None:
+            ranks = tl.load(rank + (adapter * 3 + DOWN) * num_experts + expert, mask=has & held, other=0)
+            # Loaded without waiting for the rank: what nobody wrote is left out afterwards.
+            added = tl.load(delta + row * hidden + column, mask=real & held & has, other=0.0).to(tl.float32)
+            value += tl.where(ranks > 0, added, 0.0)
         if WEIGHTED:
             value *= tl.load(weights + pair, mask=held, other=0.0)
         total += value

@@ -1,0 +1,203 @@
+"""How an adapter's factors in one layer stand in a block of the arena, and the tables' rows that find them there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core.errors import AdapterError
+from quant_moelora.core.lora_context import A2, A13, B2, B13, DOWN, GATE, NO_FACTOR, UP
+from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.loaders.families import Projection
+from quant_moelora.lora.adapter_file import Factor, LayerFactors
+
+ALIGNMENT = 8  # elements; a factor of 16-bit floats begins at a multiple of 16 bytes, the widest load
+_ROWS: tuple[tuple[int, Projection], ...] = ((GATE, "gate"), (UP, "up"), (DOWN, "down"))
+
+
+class Tables(NamedTuple):
+    """The tables of `MoELoRAContext`, with any leading dimensions."""
+
+    offsets: Tensor  # (..., 4, E) int64
+    rank: Tensor  # (..., 3, E) int32
+    up_col: Tensor  # (..., E) int32
+    scaling: Tensor  # (..., 3, E) float32
+
+    @staticmethod
+    def empty(leading: tuple[int, ...], experts: int, device: torch.device) -> Tables:
+        """Tables of adapters without a factor."""
+        tables = Tables(
+            torch.empty((*leading, 4, experts), dtype=torch.int64, device=device),
+            torch.empty((*leading, 3, experts), dtype=torch.int32, device=device),
+            torch.empty((*leading, experts), dtype=torch.int32, device=device),
+            torch.empty((*leading, 3, experts), dtype=torch.float32, device=device),
+        )
+        tables.clear()
+        return tables
+
+    def at(self, *index: int | slice) -> Tables:
+        """Views at an index of the leading dimensions."""
+        return Tables(*(table[index] for table in self))
+
+    def clear(self) -> None:
+        """Take all factors out."""
+        for table in self:
+            table.fill_(NO_FACTOR if table is self.offsets else 0)
+
+
+class Layers:
+    """What the host has to know of a model's layers, so that an adapter is laid out without asking their device.
+
+    Attributes:
+        infos: by layer.
+        device: of all of them.
+        experts: E of all of them.
+        orders: by layer, stored position of the intermediate -> logical one, int64 [E, I] in host memory, or None.
+
+    Raises:
+        AdapterError: there is no layer, or they differ in device or E.
+    """
+
+    def __init__(self, infos: Mapping[int, MoEQuantInfo]) -> None:
+        found = {(info.device, info.num_experts) for info in infos.values()}
+        if len(found) != 1:
+            raise AdapterError(
+                "layers of an adapter bank",
+                got=", ".join(f"{experts} experts on {device}" for device, experts in sorted(found, key=str)) or "none",
+                rule="one device and one number of experts",
+                remedy="give the layers of one model, and a bank to each group of them",
+            )
+        self.infos = dict(infos)
+        ((self.device, self.experts),) = found
+        self.orders = {
+            layer: None if info.inter_perm is None else info.inter_perm.to("cpu", torch.int64)
+            for layer, info in infos.items()
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Rows [r, K] that stand at ``offset`` of a block, each ``width`` elements wide: K in stored order, then zeros."""
+
+    offset: int
+    value: Tensor  # (r, K)
+    width: int
+    order: Tensor | None = None  # (K,) int64, stored position -> logical
+
+    def write(
+        self,
+        block: Tensor,  # (any,) float, zeros
+    ) -> None:
+        rows, columns = self.value.shape
+        place = block[self.offset : self.offset + rows * self.width].view(rows, self.width)
+        place[:, :columns] = self.value if self.order is None else self.value[:, self.order]
+
+
+class LayerLayout:
+    """Where the factors of one adapter in one layer stand in a block of their own.
+
+    Attributes:
+        size: elements of the block, a multiple of `ALIGNMENT`.
+    """
+
+    def __init__(
+        self,
+        info: MoEQuantInfo,
+        orders: Tensor | None,  # (E, I) int64 in host memory, of `Layers`
+        factors: LayerFactors,
+        row: Tables,  # without leading dimensions, of an adapter without a factor
+    ) -> None:
+        """Lay the factors out; ``row`` gets offsets relative to the block."""
+        self.size = 0
+        self._parts: list[_Rows] = []
+        hidden, inter = info.hidden_size, info.inter_pad
+        for expert in sorted({expert for expert, _ in factors}):
+            gate, up, down = (factors.get((expert, projection)) for _, projection in _ROWS)
+            for index, factor in ((GATE, gate), (UP, up), (DOWN, down)):
+                if factor is not None:
+                    row.rank[index, expert] = factor.a.shape[0]
+                    row.scaling[index, expert] = factor.scaling
+            order = None if orders is None else orders[expert]
+            held = [factor for factor in (gate, up) if factor is not None]
+            if held:
+                shared = gate is not None and up is not None and gate.a is up.a  # as in a fused file
+                row.up_col[expert] = 0 if shared or gate is None else gate.a.shape[0]
+                row.offsets[A13, expert] = self._add([f.a for f in (held[:1] if shared else held)], hidden)
+                row.offsets[B13, expert] = self._add([f.b.T for f in held], inter, order)
+            if down is not None:
+                row.offsets[A2, expert] = self._add([down.a], inter, order)
+                row.offsets[B2, expert] = self._add([down.b.T], hidden)
+
+    def _add(self, values: Iterable[Tensor], width: int, order: Tensor | None = None) -> int:
+        """Place [r, K] values under one another; return the first's offset."""
+        offset = self.size
+        for value in values:
+            self._parts.append(_Rows(self.size, value, width, order))
+            self.size += value.shape[0] * width
+        self.size = _aligned(self.size)
+        return offset
+
+    def write(
+        self,
+        block: Tensor,  # (size,) float in host memory, zeros
+    ) -> None:
+        """Write the factors, each rounded once to the block's dtype."""
+        for part in self._parts:
+            part.write(block)
+
+
+def full_size(info: MoEQuantInfo, rank: int) -> int:
+    """Elements of the block of an adapter that has all of a layer's experts and projections, at one rank."""
+    halves = info.activation.halves
+    first, second = halves * rank, rank
+    sizes = (rows * width for rows in (first, second) for width in (info.hidden_size, info.inter_pad))
+    return info.num_experts * sum(map(_aligned, sizes))
+
+
+def _aligned(size: int) -> int:
+    return size + -size % ALIGNMENT
+
+
+def check_factors(what: str, info: MoEQuantInfo, factors: LayerFactors, max_rank: int) -> None:
+    """Raise unless the factors belong to a layer of ``info``.
+
+    Args:
+        what: adapter and layer, as the message names them.
+        info: the layer.
+        factors: by expert and projection.
+        max_rank: largest rank that is served.
+
+    Raises:
+        AdapterError: an expert or projection that the layer does not have, a wrong shape, or too high a rank.
+    """
+    names = tuple(name for _, name in _ROWS if info.activation.gated or name != "gate")
+    for (expert, projection), factor in factors.items():
+        if not 0 <= expert < info.num_experts or projection not in names:
+            raise AdapterError(
+                what,
+                got=f"factors of {projection} of expert {expert}",
+                rule=f"experts 0 to {info.num_experts - 1} and {', '.join(names)}",
+                remedy="give the adapter to the model it was trained on",
+            )
+        _check_factor(f"{what}, {projection} of expert {expert}", info, projection, factor, max_rank)
+
+
+def _check_factor(what: str, info: MoEQuantInfo, projection: Projection, factor: Factor, max_rank: int) -> None:
+    n, k = info.intermediate_size, info.hidden_size
+    n, k = (k, n) if projection == "down" else (n, k)
+    a, b = factor.a, factor.b
+    if (a.ndim, b.ndim) != (2, 2) or (a.shape[1], b.shape[0]) != (k, n) or a.shape[0] != b.shape[1] or not len(a):
+        raise AdapterError(
+            what,
+            got=f"A {list(a.shape)}, B {list(b.shape)}",
+            rule=f"A [r, {k}] and B [{n}, r]",
+            remedy="give the adapter to the model it was trained on",
+        )
+    if len(a) > max_rank:
+        raise AdapterError(
+            what, got=f"rank {len(a)}", rule=f"at most max_rank = {max_rank}", remedy="make the bank for a higher rank"
+        )
