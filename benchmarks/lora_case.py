@@ -13,6 +13,7 @@ from benchmarks.moe_case import DTYPE, Case, Roofs, Shape
 from quant_moelora.core.lora_context import NO_FACTOR, MoELoRAContext
 from quant_moelora.core.quant_info import MoEQuantInfo
 
+SLOTS = (8, 128)  # of a context: the first that suffice
 _TIMES_CACHE = 2  # what adapters of one layer are read before the same layer's come again
 
 
@@ -37,24 +38,27 @@ class Adapters:
         return math.ceil(_TIMES_CACHE * cache_bytes / (self.count * shape.experts * self.pair_bytes(shape)))
 
     def context(self, info: MoEQuantInfo, device: str) -> MoELoRAContext:
-        """One layer's adapters, random; without data on the meta device."""
+        """One layer's adapters, random, in the first slots of 8 or 128; without data on the meta device."""
         hidden, inter, experts, rank = info.hidden_size, info.inter_pad, info.num_experts, self.rank
         sizes = torch.tensor([2 * rank * hidden, 2 * rank * inter, rank * inter, rank * hidden])
         ends = sizes.repeat(self.count * experts).cumsum(0).view(self.count, experts, 4)
         arena = torch.empty(int(ends[-1, -1, -1]), dtype=DTYPE, device=device)
         if device != "meta":
             arena.normal_(std=0.02)
+        slots = next(slots for slots in SLOTS if slots >= self.count)
         table = {"dtype": torch.int32, "device": device}
-        assert (ends - sizes).min() > NO_FACTOR
+        offsets = torch.full((slots, 4, experts), NO_FACTOR, dtype=torch.int64)
+        offsets[: self.count] = (ends - sizes).transpose(1, 2)
+        ranks = torch.where(torch.arange(slots) < self.count, rank, 0).to(**table)
         return MoELoRAContext(
             num_experts=experts,
             hidden_size=hidden,
             inter_pad=inter,
             arena=arena,
-            offsets=(ends - sizes).transpose(1, 2).contiguous().to(device),
-            rank=torch.full((self.count, 3, experts), rank, **table),
-            up_col=torch.full((self.count, experts), rank, **table),
-            scaling=torch.full((self.count, 3, experts), 2.0, device=device),
+            offsets=offsets.to(device),
+            rank=ranks[:, None, None].expand(-1, 3, experts).contiguous(),
+            up_col=ranks[:, None].expand(-1, experts).contiguous(),
+            scaling=torch.full((slots, 3, experts), 2.0, device=device),
             max_rank=rank,
         )
 

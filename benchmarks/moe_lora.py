@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.lora_case import Adapters, active_pairs, floor_us
+from benchmarks.lora_case import SLOTS, Adapters, active_pairs, floor_us
 from benchmarks.moe_case import DTYPE, SHAPES, Case, Roofs, random_case, random_info
 from benchmarks.record import provenance, write_rows
 from benchmarks.roofs import measured_roofs
@@ -142,19 +142,30 @@ def compile_ahead(job: Job) -> None:
     w13, w2 = (blank_prepared(w, DTYPE) for w in (info.w13, info.w2) if isinstance(w, PackedWeight))
     source = TileSource(LayerShape.of(info, DTYPE).name, "")
     layer = marlin_op.MarlinLayer(w13, w2, info.activation, weigh_input=False, tiles=source)
+    tables = LoRATables.of(job.adapters.context(info, "meta"))
     x = torch.empty(job.tokens, shape.hidden, dtype=DTYPE, device="meta")
     ids = torch.empty(job.tokens, shape.top_k, dtype=torch.int32, device="meta")
     given = (x, ids, torch.empty(job.tokens, shape.top_k, device="meta"))
-    tables = LoRATables.of(job.adapters.context(info, "meta"))
     with torch.inference_mode():
         marlin_op.write_layer(*given, *layer.arguments(), torch.empty_like(x))
         marlin_op.write_lora_layer(*given, ids[:, 0], *layer.arguments(), *tables, torch.empty_like(x))
 
 
+def compiled_jobs(jobs: Sequence[Job]) -> list[Job]:
+    """One job of each kind that is compiled for itself, the longest first; a loop has calls of all smaller sizes."""
+    kinds: dict[tuple[str, int, int, int], Job] = {}
+    for job in jobs:
+        sizes = [job.tokens, *(1 << n for n in range((job.tokens - 1).bit_length()))] if job.loop else [job.tokens]
+        slots = next(slots for slots in SLOTS if slots >= job.adapters.count)
+        for tokens in sizes:
+            kinds.setdefault((job.name, tokens, slots, job.adapters.rank), replace(job, tokens=tokens))
+    return sorted(kinds.values(), key=lambda job: -job.tokens)
+
+
 def compile_all(jobs: Sequence[Job], processes: int) -> None:
     """Fill the compiler's cache in many processes."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        works = {pool.submit(compile_ahead, job): job for job in jobs}
+        works = {pool.submit(compile_ahead, job): job for job in compiled_jobs(jobs)}
         for work in as_completed(works):
             if error := work.exception():
                 print(f"not compiled ahead: {works[work]}: {error!r}"[:400], flush=True)
@@ -164,7 +175,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     """The cases that were asked for, those of one shape together."""
     few = list(itertools.product(args.m, args.adapters, args.ranks))
     many = list(itertools.product(args.many_m, args.many, (16,)))
-    deep = list(itertools.product(args.many_m, (8,), args.deep))
+    deep = list(itertools.product(args.deep_m, (8,), args.deep))
     return [
         Job(name, tokens, Adapters(count, rank), loop=(tokens, count, rank) in many)
         for name in args.shapes
@@ -178,8 +189,9 @@ def main() -> None:
     parser.add_argument("--m", type=int, nargs="*", default=[1, 4, 8, 16, 64, 256, 1024], help="numbers of tokens")
     parser.add_argument("--adapters", type=int, nargs="*", default=[1, 8], help="numbers of adapters, at each M")
     parser.add_argument("--ranks", type=int, nargs="*", default=[16], help="ranks, at each M")
-    parser.add_argument("--many-m", type=int, nargs="*", default=[64, 256], help="M of --many and --deep")
+    parser.add_argument("--many-m", type=int, nargs="*", default=[64, 256], help="M of --many")
     parser.add_argument("--many", type=int, nargs="*", default=[1, 8, 32, 128], help="adapters of rank 16, with a loop")
+    parser.add_argument("--deep-m", type=int, nargs="*", default=[64], help="M of --deep")
     parser.add_argument("--deep", type=int, nargs="*", default=[8, 32, 64, 128], help="ranks of 8 adapters")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--processes", type=int, default=14, help="that compile beforehand; 0 for none")

@@ -24,8 +24,7 @@ def good() -> dict[str, Any]:
         "rank": torch.zeros(A, 3, E, dtype=torch.int32),
         "up_col": torch.zeros(A, E, dtype=torch.int32),
         "scaling": torch.zeros(A, 3, E),
-        "v13_width": 1,
-        "v2_width": 1,
+        "max_rank": 3,
     }
 
 
@@ -36,7 +35,7 @@ def build(**changes: Any) -> MoELoRAContext:
 
 def test_facts() -> None:
     ctx = MoELoRAContext(**good())
-    assert ctx.num_slots == A
+    assert (ctx.num_slots, ctx.v13_width, ctx.v2_width) == (A, 6, 3)
     assert set(ctx.tensors()) == {"arena", "offsets", "rank", "up_col", "scaling"}
     assert ctx.shard is None
 

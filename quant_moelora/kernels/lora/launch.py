@@ -123,9 +123,8 @@ class LoRAForward:
             )
         pairs, hidden = topk_ids.numel(), x.shape[1]
         slots_of, _, experts = tables.rank.shape
-        places = pairs if segments is None else len(segments)
         sizes = (experts, slots_of, topk_ids.shape[1], hidden, tables.max_rank)
-        spec = _spec(places, segments is None, sizes, facts, overlaps(x.device), is_interpreted(x.device))
+        spec = _spec(pairs, segments is None, sizes, facts, overlaps(x.device), is_interpreted(x.device))
         return LoRAForward(
             spec,
             tables,
@@ -198,9 +197,9 @@ class LoRAForward:
 
 @functools.lru_cache(maxsize=1 << 12)  # a forward asks, and has no time for it
 def _spec(
-    places: int, direct: bool, sizes: tuple[int, int, int, int, int], facts: LayerFacts, overlap: bool, plain: bool
+    num_pairs: int, direct: bool, sizes: tuple[int, int, int, int, int], facts: LayerFacts, overlap: bool, plain: bool
 ) -> LoRASpec:
-    """The spec of forwards with so many places of segments; sizes are E, slots, k, H and the largest rank."""
+    """The spec of forwards with so many pairs; sizes are E, slots, k, H and the largest rank."""
     num_experts, num_slots, top_k, hidden, max_rank = sizes
     function = facts.activation
     return LoRASpec(
@@ -220,7 +219,7 @@ def _spec(
         gemm_parts=1,
         overlap=overlap,
         plain=plain,
-        **asdict(choose_cut(places, hidden, facts.inter_pad, max_rank)),
+        **asdict(choose_cut(num_pairs, num_experts, hidden, facts.inter_pad, max_rank)),
     )
 
 

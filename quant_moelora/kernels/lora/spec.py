@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Programs that run at a time, four on each of an H200's 132 multiprocessors; and those of the activation, about twice
-# as many, since a list has more places than segments (benchmarks/NOTES.md, "LoRA").
-_AT_A_TIME, _ACTIVATIONS = 528, 1000
+from quant_moelora.core.routing import SEGMENT_ROWS
+
+# Programs that run at a time, four on each of an H200's 132 multiprocessors; and those of the activation, twice as
+# many, since fewer would leave some idle where there are few segments (benchmarks/NOTES.md, "LoRA").
+_AT_A_TIME, _ACTIVATIONS = 528, 1056
+_OF_AN_EXPERT = 2  # segments, as far as one can know without looking at the adapters, beside those that are full
 _LEAST_COLUMNS = 256  # of x that a program shrinks, below which reading its part costs more than it brings
 # Columns of h at once, all of which each warp of the second shrink has in its registers, so that few are better; and
 # columns of the second expand at once.
@@ -93,18 +96,22 @@ class Cut:
     expand_blocks: int
 
 
-def choose_cut(segments: int, hidden: int, inter_pad: int, max_rank: int) -> Cut:
-    """How to cut each segment, if there may be so many: into about as many programs as a GPU runs at a time.
+def choose_cut(num_pairs: int, num_experts: int, hidden: int, inter_pad: int, max_rank: int) -> Cut:
+    """How to cut each segment: into about as many programs as a GPU runs at a time.
 
     Each program looks up its segment and its factors first, three loads one after the other, and what is cut has to be
-    put together again. It must not depend on the batch's adapters: a row's bits are the same in any company.
+    put together again. It must not depend on the batch's adapters: a row's bits are the same in any company. Numbers of
+    pairs between two powers of two share a cut, and so the kernels that are compiled for it.
 
     Args:
-        segments: places of the list of segments, at least 1.
+        num_pairs: P, at least 1.
+        num_experts: E.
         hidden: H.
         inter_pad: padded intermediate size.
         max_rank: of the context.
     """
+    segments = min(num_pairs, _OF_AN_EXPERT * num_experts + num_pairs // SEGMENT_ROWS)
+    segments = 1 << (segments - 1).bit_length()
     shrink_ranks = _power_of_two(2 * max_rank, 16, 32)
     programs = segments * -(-2 * max_rank // shrink_ranks)
     parts13 = _parts(programs, hidden // _LEAST_COLUMNS)
