@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -109,4 +110,5 @@ class Plan:
 
 def num_segments(num_pairs: int, num_experts: int, num_slots: int) -> int:
     """Places of `Plan.segments`: that of an expert E's first one, if all pairs had lower experts."""
-    return min(num_pairs, num_experts * (num_slots + 2) + num_pairs // SEGMENT_ROWS)
+    # Not `min`, which would ask torch.compile which of two sizes is the smaller.
+    return cast(int, torch.sym_min(num_pairs, num_experts * (num_slots + 2) + num_pairs // SEGMENT_ROWS))

@@ -8,11 +8,13 @@ import re
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -57,6 +59,7 @@ SCHEMES = [
     for bits, group, symmetric in itertools.product((4, 8), (32, 64, 128), (True, False))
 ]
 DTYPES = (torch.bfloat16, torch.float16)
+T = TypeVar("T")
 _LONG = 9  # steps, from which on a loop is a loop whatever the compiler thinks of its length
 
 
@@ -104,6 +107,11 @@ class Gpu(NamedTuple):
     name: str
     capability: tuple[int, int]
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a kernel may be launched while the one before still runs."""
+        return self.capability >= (9, 0)
+
 
 def gpus(capability: int) -> list[Gpu]:
     """One GPU of which nothing was measured, and those of the shipped tables."""
@@ -112,11 +120,30 @@ def gpus(capability: int) -> list[Gpu]:
     return [Gpu(name, own) for name in ("", *sorted(measured))]
 
 
-def layer_specs(shape: Shape, tokens: int, scheme: QuantScheme, dtype: torch.dtype, gpu: Gpu) -> list[GemmSpec]:
-    """What the backend launches on a GPU for a forward of the base model, and for one with adapters."""
-    info, pairs = _layer(shape, scheme), tokens * shape.top_k
+@contextmanager
+def stands_for(gpu: Gpu) -> Generator[None]:
+    """Have products of tensors without memory be cut and compiled as on a GPU."""
+    with (
+        patch.multiple(choice, capability=lambda _: gpu.capability, gpu_name=lambda _: gpu.name),
+        patch.multiple(launch, capability=lambda _: gpu.capability, overlaps=lambda _: gpu.overlaps),
+        patch.object(launch, "multiprocessors", lambda _: 132),  # only the number of programs depends on it
+    ):
+        yield
+
+
+def prepared_layer(shape: Shape, scheme: QuantScheme, dtype: torch.dtype) -> marlin_op.MarlinLayer:
+    """A layer as the operator takes it, without memory."""
+    info = _layer(shape, scheme)
     assert isinstance(info.w13, PackedWeight) and isinstance(info.w2, PackedWeight)
+    source = choice.TileSource(LayerShape.of(info, dtype).name, "")
     w13, w2 = _prepared(info.w13, dtype), _prepared(info.w2, dtype)
+    return marlin_op.MarlinLayer(w13, w2, shape.activation, weigh_input=False, tiles=source)
+
+
+def layer_specs(shape: Shape, tokens: int, scheme: QuantScheme, dtype: torch.dtype, gpu: Gpu) -> list[GemmSpec]:
+    """What the backend launches on a GPU for a forward of the base model, and products by themselves."""
+    layer, pairs = prepared_layer(shape, scheme, dtype), tokens * shape.top_k
+    w13, w2 = layer.w13, layer.w2
     ids, x, h = _empty((tokens, shape.top_k)), _empty((tokens, shape.hidden), dtype), _empty((pairs, w2.k_pad), dtype)
     rows, tiles = _empty((pairs,)), _empty((pairs, 4))
     specs: list[GemmSpec] = []
@@ -130,6 +157,7 @@ def layer_specs(shape: Shape, tokens: int, scheme: QuantScheme, dtype: torch.dty
         out: Tensor,
         tile: Tile,
         activation: Activation | None = None,
+        rider: None = None,
     ) -> Tensor:
         specs.append(launch._spec(x, weight, rows is None, top_k, out, tile, activation, plain=False))
         return out
@@ -141,16 +169,13 @@ def layer_specs(shape: Shape, tokens: int, scheme: QuantScheme, dtype: torch.dty
             activate=lambda *arguments, **_: arguments[-1],
             moe_sum=lambda *arguments, **_: arguments[-1],
         ),
-        patch.multiple(choice, capability=lambda _: gpu.capability, gpu_name=lambda _: gpu.name),
         patch.object(product, "grouped_gemm", record),
-        patch.multiple(launch, capability=lambda _: gpu.capability, overlaps=lambda _: gpu.capability >= (9, 0)),
+        stands_for(gpu),
     ):
-        source = choice.TileSource(LayerShape.of(info, dtype).name, "")
-        layer = marlin_op.MarlinLayer(w13, w2, shape.activation, weigh_input=False, tiles=source)
         marlin_op.write_layer(x, ids, _empty(ids.shape, torch.float32), *layer.arguments(), torch.empty_like(x))
         for given, gather, columns, weight in ((x, True, w13.rows, w13), (h, False, w2.n, w2)):
             out = _empty((pairs, columns), dtype)
-            op.write_product(given, ids, rows, tiles, gather, columns, *source, *weight, out)
+            op.write_product(given, ids, rows, tiles, gather, columns, *layer.tiles, *weight, out)
     return specs
 
 
@@ -203,9 +228,14 @@ class Compiled:
 
 
 def compiled(specs: list[GemmSpec], capability: int) -> list[Compiled]:
-    """Compile each for a compute capability (90 for sm_90), on all processors."""
+    """Compile each for a compute capability (90 for sm_90)."""
+    return on_all_processors(_compile, specs, itertools.repeat(capability))
+
+
+def on_all_processors(function: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
+    """`map`, in processes that compile."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_set_up) as workers:
-        return list(workers.map(_compile, specs, itertools.repeat(capability)))
+        return list(workers.map(function, *arguments))
 
 
 def _set_up() -> None:
@@ -222,8 +252,9 @@ def _compile(spec: GemmSpec, capability: int) -> Compiled:
     types = _types(spec)
     names = kernel.arg_names
     assert set(types) == set(names), "the kernel's arguments are not those that are described here"
-    constants = {(names.index(n),): v for n, v in (("SPEC", spec), ("top_k", 1)) if types[n] == "constexpr"}
-    unaligned = {"num_tiles", "num_experts", "top_k", "SPEC"}
+    values = {"SPEC": spec, "top_k": 1, "rider": None, "RIDER": None, "SHRINKS": False}
+    constants = {(i,): values[n] for i, n in enumerate(names) if types[n] == "constexpr"}
+    unaligned = {"num_tiles", "num_experts", *values}
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in unaligned}
     source = source_of(kernel, {n: types[n] for n in names}, constants, attributes)
     chosen = {"num_warps": spec.tile.warps, "maxnreg": spec.tile.registers, **options(spec.overlap)}
@@ -269,8 +300,9 @@ def disassembled(cubin: bytes) -> tuple[int, Program]:
 
 
 def _types(spec: GemmSpec) -> dict[str, str]:
-    """Triton's types of the kernel's arguments, as of a launch by `launch.grouped_gemm`."""
+    """Triton's types of the kernel's arguments, as of a launch by `launch.grouped_gemm` without a rider."""
     floats = "*fp16" if spec.fp16 else "*bf16"
+    riding = {"rider": "constexpr", "riding": "i32", "RIDER": "constexpr", "SHRINKS": "constexpr"}
     return {
         "x": floats,
         "stride_x": "i32",
@@ -289,6 +321,7 @@ def _types(spec: GemmSpec) -> dict[str, str]:
         "num_experts": "i32",
         "top_k": "i32" if spec.gather else "constexpr",
         "SPEC": "constexpr",
+        **({} if spec.tile.consumers else riding),
     }
 
 

@@ -23,10 +23,20 @@ def compiled(pairs: int, lora: bool, capability: int) -> tuple[int, int, Program
     few = pairs <= 64 and not lora
     block, size, warps = _blocks(pairs, few=few, slots=lora)
     overlap = capability >= 90
-    constants = {"TOP_K": 8, "BM": 16, "BLOCK": block, "SIZE": size, "FEW": few, "COMPARED": _compared(pairs, block), "OVERLAP": overlap}
+    constants = {
+        "TOP_K": 8,
+        "BM": 16,
+        "BLOCK": block,
+        "SIZE": size,
+        "FEW": few,
+        "COMPARED": _compared(pairs, block),
+        "OVERLAP": overlap,
+    }
     constants |= {} if lora else {"slots": None, "segments": None}
     types = dict.fromkeys(kernel.arg_names, "*i32") | {"ids": "*i64"}
-    types |= dict.fromkeys([name for name in kernel.arg_names if name.startswith("num_")], "i32") | dict.fromkeys(constants, "constexpr")
+    types |= dict.fromkeys([name for name in kernel.arg_names if name.startswith("num_")], "i32") | dict.fromkeys(
+        constants, "constexpr"
+    )
     source = ASTSource(
         kernel,
         types,

@@ -14,12 +14,20 @@ from torch._dynamo.exc import Unsupported
 
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.errors import ShapeError
+from quant_moelora.core.lora_context import MoELoRAContext
 from quant_moelora.core.weights import PackedWeight
 from quant_moelora.experts.marlin import MarlinPrepared
-from quant_moelora.experts.marlin_op import MarlinLayer, marlin_experts, marlin_experts_out
+from quant_moelora.experts.marlin_op import (
+    MarlinLayer,
+    marlin_experts,
+    marlin_experts_out,
+    marlin_lora_experts,
+    marlin_lora_experts_out,
+)
 from quant_moelora.kernels.activation.op import activation, activation_out
 from quant_moelora.kernels.align.op import align, align_out
 from quant_moelora.kernels.grouped_gemm.op import grouped_gemm, grouped_gemm_out
+from quant_moelora.kernels.lora.launch import LoRATables
 from quant_moelora.kernels.moe_sum.op import moe_sum, moe_sum_out
 from quant_moelora.layer import MoEExperts
 from tests.builders import adapter, context, layer, routing, same_bits, scheme
@@ -29,6 +37,7 @@ from tests.launched.test_align import check_tiles
 
 pytestmark = MARKS
 EXPERTS, HIDDEN, INTER, TOP_K = 4, 72, 40, 2
+SLOTS = 2  # of `two_adapters`
 DTYPE = DTYPES[0]
 SIZES = (9, 3, 20, 1, 0) if INTERPRETED else (17, 3, 64, 200, 1, 0)
 
@@ -63,6 +72,15 @@ def make(**options: Any) -> MoEExperts:
     return MoEExperts(built.info.to(DEVICE), "marlin")
 
 
+def two_adapters(experts: MoEExperts) -> MoELoRAContext:
+    info = experts.info
+    held = [
+        adapter(info, DTYPE, ranks={"gate": 4, "up": 3, "down": 5}),
+        adapter(info, DTYPE, ranks={"down": 2}, experts=[0, 2]),
+    ]
+    return context(info, held, DTYPE, DEVICE)
+
+
 def batch(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     case = routing(tokens, TOP_K, EXPERTS)
     x = torch.randn(tokens, HIDDEN, device=DEVICE).to(DTYPE)
@@ -90,6 +108,30 @@ def test_few_graphs_for_all_sizes(act_order: bool, mark: bool) -> None:
     assert len(count.graphs) == (3 if mark else 4)
     for called in count.operators():
         assert {name for name in called if "quant_moelora" in name} == {"quant_moelora.marlin_experts.default"}
+
+
+@pytest.mark.parametrize(("mark", "act_order"), [(True, True), (False, False)], ids=["marked", "automatic"])
+def test_few_graphs_with_adapters(act_order: bool, mark: bool) -> None:
+    """As many as without; the tables are inputs, in whose places other adapters follow without another graph."""
+    experts, count = make(act_order=act_order), Counting()
+    ctx = two_adapters(experts)
+    experts.prepare(DTYPE)
+    experts.attach(ctx)
+    compiled = torch.compile(experts, fullgraph=True, backend=count)
+    for tokens in SIZES[:-2]:
+        slots = torch.arange(tokens, dtype=torch.int32, device=DEVICE) % 3 - 1
+        arguments = (*batch(tokens), slots)
+        if mark:
+            for tensor in arguments:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        answer = compiled(*arguments)
+        assert same_bits(answer, experts(*arguments)), tokens
+        ctx.scaling.neg_()
+        other = compiled(*arguments)
+        assert same_bits(other, experts(*arguments)) and not torch.equal(other, answer), tokens
+    assert len(count.graphs) == (1 if mark else 2)
+    for called in count.operators():
+        assert {name for name in called if "quant_moelora" in name} == {"quant_moelora.marlin_lora_experts.default"}
 
 
 def test_one_graph_through_autograds_compiler() -> None:
@@ -180,11 +222,13 @@ def marlin_layer(experts: MoEExperts) -> MarlinLayer:
 
 def calls(tokens: int, *, lora: bool, act_order: bool) -> dict[str, tuple[tuple[Any, Any], tuple[Any, ...]]]:
     """Each operator and its twin, with arguments; every pair has an expert, so that every row is written."""
-    layer = marlin_layer(make(act_order=act_order, bias=True))
+    experts = make(act_order=act_order, bias=True)
+    layer, tables = marlin_layer(experts), LoRATables.of(two_adapters(experts))
     x, ids, weights = batch(tokens)
     ids = ids.clamp(0, EXPERTS - 1)
-    slots = torch.arange(tokens, dtype=torch.int32, device=DEVICE) % 3 - 1 if lora else None
-    rows, inverse, _, _, tiles = align(ids, slots, EXPERTS, *layer.tiles)
+    some = torch.arange(tokens, dtype=torch.int32, device=DEVICE) % 3 - 1
+    slots = some if lora else None
+    rows, inverse, _, _, tiles = align(ids, slots, EXPERTS, SLOTS, *layer.tiles)
     h = torch.randn(tokens * TOP_K, layer.w13.n_pad, device=DEVICE).to(DTYPE)
     product = (grouped_gemm, grouped_gemm_out)
     gate_up = torch.randn(tokens * TOP_K, layer.w13.rows, device=DEVICE)
@@ -194,13 +238,17 @@ def calls(tokens: int, *, lora: bool, act_order: bool) -> dict[str, tuple[tuple[
         "activation": ((activation, activation_out), (gate_up, ids, weights, rows, *silu)),
         "moe_sum": ((moe_sum, moe_sum_out), (y, ids, weights, inverse, EXPERTS, HIDDEN, DTYPE)),
         "marlin_experts": ((marlin_experts, marlin_experts_out), (x, ids, weights, *layer.arguments())),
-        "align": ((align, align_out), (ids, slots, EXPERTS, *layer.tiles)),
+        "marlin_lora_experts": (
+            (marlin_lora_experts, marlin_lora_experts_out),
+            (x, ids, weights, some, *layer.arguments(), *tables),
+        ),
+        "align": ((align, align_out), (ids, slots, EXPERTS, SLOTS, *layer.tiles)),
         "w13": (product, (x, ids, rows, tiles, True, layer.w13.rows, *layer.tiles, *layer.w13)),
         "w2": (product, (h, ids, rows, tiles, False, layer.w2.n, *layer.tiles, *layer.w2)),
     }
 
 
-OPERATORS = ("marlin_experts", "align", "w13", "activation", "w2", "moe_sum")
+OPERATORS = ("marlin_experts", "marlin_lora_experts", "align", "w13", "activation", "w2", "moe_sum")
 NAMES = pytest.mark.parametrize("name", OPERATORS)
 FORMS = pytest.mark.parametrize(
     ("tokens", "lora", "act_order"), [(1, False, False), (9, True, True)], ids=["base", "lora"]
@@ -254,7 +302,7 @@ def test_products_with_adapters_trace_for_all_sizes(lora: bool) -> None:
     layer, count = marlin_layer(make(act_order=True)), Counting()
 
     def steps(x: Tensor, ids: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor]:
-        rows, _, _, segments, tiles = align(ids, slots, EXPERTS, *layer.tiles)
+        rows, _, _, segments, tiles = align(ids, slots, EXPERTS, SLOTS, *layer.tiles)
         return grouped_gemm(x, ids, rows, tiles, True, layer.w13.rows, *layer.tiles, *layer.w13), segments
 
     compiled = torch.compile(steps, fullgraph=True, backend=count, dynamic=True)
@@ -273,13 +321,15 @@ def test_align_lists_every_row_once(tokens: int, lora: bool) -> None:
     slots = torch.arange(tokens, dtype=torch.int32) % 3 - 1 if lora else None
     source = marlin_layer(make()).tiles
     rows, inverse, offsets, segments, tiles = align(
-        case.topk_ids.to(DEVICE), None if slots is None else slots.to(DEVICE), EXPERTS, *source
+        case.topk_ids.to(DEVICE), None if slots is None else slots.to(DEVICE), EXPERTS, SLOTS, *source
     )
-    want = slow_align(replace(case, slots=slots), EXPERTS)
+    want = slow_align(replace(case, slots=slots, num_slots=SLOTS), EXPERTS)
     assert [rows.tolist(), inverse.tolist(), offsets.tolist()] == list(want[:3])
     pairs = case.num_pairs
     check_tiles(tiles, offsets.tolist(), source.tiles(max(1, pairs), DEVICE).bm, EXPERTS + pairs // 16)
-    assert len(tiles) == EXPERTS + pairs // 16 and len(segments) == (pairs + 1 if lora else 0)
+    assert len(tiles) == EXPERTS + pairs // 16 and [tuple(row) for row in segments.tolist()] == (
+        want[3] if lora else []
+    )
 
 
 @pytest.mark.parametrize("inter", [96, 1024], ids=["whole", "split"])
@@ -289,7 +339,7 @@ def test_a_product_against_float64(inter: int) -> None:
     held = marlin_layer(MoEExperts(built.info.to(DEVICE), "marlin"))
     case = routing(9, TOP_K, EXPERTS)
     ids = case.topk_ids.to(DEVICE)
-    rows, _, offsets, _, tiles = align(ids, None, EXPERTS, *held.tiles)
+    rows, _, offsets, _, tiles = align(ids, None, EXPERTS, 0, *held.tiles)
     assert (held.tiles.tiles(case.num_pairs, DEVICE).w2.split > 1) == (inter == 1024)
     x = torch.randn(case.num_pairs, inter).to(DTYPE)
     out = grouped_gemm(x.to(DEVICE), ids, rows, tiles, False, 72, *held.tiles, *held.w2).cpu()

@@ -75,7 +75,9 @@ def _shrink13(x, stride_x, rows, v, segment, a13, ranks, rank_block, part, SPEC:
     """A block of v's columns for the rows of a segment, summed over a part of the columns of x."""
     _, first, count, _ = segment
     BK: tl.constexpr = 128 if BM <= 16 else 64  # so that what is in flight fits beside a GEMM's blocks
-    STEPS: tl.constexpr = (SPEC.hidden + BK * SPEC.parts13 - 1) // (BK * SPEC.parts13)
+    # A part is as wide for few rows as for many, which would otherwise sum up in another order.
+    WIDTH: tl.constexpr = (SPEC.hidden + 128 * SPEC.parts13 - 1) // (128 * SPEC.parts13) * 128
+    STEPS: tl.constexpr = WIDTH // BK
     i = tl.arange(0, BM)
     there = i < count
     if SPEC.direct:
@@ -88,7 +90,7 @@ def _shrink13(x, stride_x, rows, v, segment, a13, ranks, rank_block, part, SPEC:
     x += token[:, None].to(tl.int64) * stride_x
     total = tl.zeros((R, BM), tl.float32)
     for step in tl.range(0, STEPS, num_stages=3):
-        k = (part * STEPS + step) * BK + tl.arange(0, BK)
+        k = part * WIDTH + step * BK + tl.arange(0, BK)
         real = (k < SPEC.hidden)[None, :]
         a_tile = tl.load(a + k[None, :], mask=(r < ranks)[:, None] & real, other=0.0)
         x_tile = tl.load(x + k[None, :], mask=there[:, None] & real, other=0.0)
