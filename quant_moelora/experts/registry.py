@@ -9,11 +9,12 @@ import torch
 from quant_moelora.core.backend import ExpertsBackend, Verdict
 from quant_moelora.core.errors import BackendError
 from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.experts.cpu import CpuBackend
 from quant_moelora.experts.marlin import MarlinBackend
 from quant_moelora.experts.reference import ReferenceBackend
 
 AUTO = "auto"
-BACKENDS: tuple[ExpertsBackend, ...] = (MarlinBackend(), ReferenceBackend())
+BACKENDS: tuple[ExpertsBackend, ...] = (MarlinBackend(), CpuBackend(), ReferenceBackend())
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from quant_moelora.core.errors import UnsupportedError
+from quant_moelora.core.parallel import in_parallel
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
 from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader, resolve_checkpoint
 from quant_moelora.loaders.families import Stored, build_skeleton, find_experts
 from quant_moelora.loaders.layer_format import LayerFormat, describe_layers
 from quant_moelora.loaders.pack import Weight, build_info, join_experts
-from quant_moelora.loaders.parallel import in_parallel
 from quant_moelora.loaders.promote import promote
 
 # Codes of the experts that are decoded together: on the CPU so few that they stay in a core's caches, on another device

@@ -108,6 +108,23 @@ def test_strided_codes_and_words(bits: int) -> None:
     assert torch.equal(packing.unpack_codes(wide, bits), codes)
 
 
+@pytest.mark.parametrize(("bits", "run"), [(4, 64), (4, 32), (4, 16), (8, 32), (8, 16)])
+def test_runs_are_the_codes_with_columns_in_another_order(bits: int, run: int) -> None:
+    codes = torch.randint(0, 1 << bits, (128, 192), dtype=torch.uint8)
+    unpack, columns = packing.RunUnpacker(bits, run, 2, 3), packing.run_columns(192, bits, run)
+    for held in (codes.flip(0), codes):
+        found = unpack(packing.pack_codes(held, bits))
+        found = found.view(torch.uint8) if bits == 4 else found
+        assert torch.equal(found.to(torch.int64), held[:, columns].to(torch.int64))
+    assert torch.equal(columns // run, torch.arange(192) // run)
+    assert torch.equal(columns.sort().values, torch.arange(192))
+
+
+def test_runs_divide_groups() -> None:
+    assert [packing.run_length(4, group) for group in (128, 192, 96, 48, 16, 24)] == [64, 64, 32, 16, 16, None]
+    assert [packing.run_length(8, group) for group in (128, 192, 96, 48, 16, 24)] == [32, 32, 32, 16, 16, None]
+
+
 @PAIR_DTYPES
 def test_pairs_stand_where_the_formula_says(dtype: torch.dtype) -> None:
     raw = torch.randint(-(2**15), 2**15, (128, 3), dtype=torch.int16)

@@ -105,6 +105,7 @@ def serve_or_skip(backend: ExpertsBackend, info: MoEQuantInfo, device: torch.dev
     verdict = backend.supports(info.to("meta"), device, dtype, lora=True)
     serves = {
         "reference": True,
+        "cpu": device.type == "cpu" and isinstance(info.w13, PackedWeight),
         "marlin": device.type == "cuda" and dtype != torch.float32 and isinstance(info.w13, PackedWeight),
     }
     assert verdict.ok == serves.get(backend.name, verdict.ok), verdict.reasons

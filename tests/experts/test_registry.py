@@ -64,7 +64,7 @@ def register(monkeypatch: pytest.MonkeyPatch, *backends: ExpertsBackend) -> None
 def test_every_name_is_registered_once() -> None:
     names = [backend.name for backend in BACKENDS]
     assert len(set(names)) == len(names) and registry.AUTO not in names
-    assert "reference" in names
+    assert names[-2:] == ["cpu", "reference"]
 
 
 def test_auto_takes_the_first_that_serves(info: MoEQuantInfo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_no_backend_registered_but_declining_ones_are_asked_with_a_meta_info(inf
     """Before anything is loaded."""
     verdicts = judge(info.to("meta"), torch.device("cuda"), torch.bfloat16, lora=True)
     assert set(verdicts) == {backend.name for backend in BACKENDS}
-    assert verdicts["reference"].ok
+    assert verdicts["reference"].ok and verdicts["cpu"].reasons == ("device cuda is not the CPU",)
     assert verdicts["marlin"].ok or not torch.cuda.is_available()
 
 

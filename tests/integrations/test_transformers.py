@@ -320,7 +320,7 @@ def test_device_maps_of_one_device(device_map: Any) -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(BackendError, match=r"backend: got 'merlin', expected auto or one of marlin, reference;"):
+    with pytest.raises(BackendError, match=r"backend: got 'merlin', expected auto or one of marlin, cpu, reference;"):
         load("demo", backend="merlin")
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from quant_moelora.core.backend import Prepared
 from quant_moelora.core.errors import FormatError, MissingTensorError
-from quant_moelora.experts.reference import ReferenceBackend
+from quant_moelora.experts.cpu import CpuBackend
 from quant_moelora.integrations import verify as module
 from quant_moelora.integrations.verify import PARITY_BOUND, verify
 from quant_moelora.loaders.experts import load_experts
@@ -34,7 +34,7 @@ def test_every_checkpoint_passes(name: str) -> None:
         (layer, projection) for layer in layers for projection in ("gate", "up", "down")
     ]
     assert [(layer.layer, layer.backend, layer.lossy) for layer in found.backends] == [
-        (layer, "reference", None) for layer in layers
+        (layer, "cpu" if name in QUANTIZED else "reference", None) for layer in layers
     ]
     for report in found.projections:
         info = load_experts(folder_of(name), report.layer)
@@ -172,11 +172,13 @@ def test_what_the_backend_loses_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
     """It is asked in the model's own dtype, and is no failure."""
     asked: list[torch.dtype] = []
 
-    def prepare(self: ReferenceBackend, info: Any, dtype: torch.dtype, tuned_configs: str | None = None) -> Prepared:
-        asked.append(dtype)
-        return Prepared(info, dtype, {}, "3 scales rounded")
+    made = CpuBackend.prepare
 
-    monkeypatch.setattr(ReferenceBackend, "prepare", prepare)
+    def prepare(self: CpuBackend, info: Any, dtype: torch.dtype, tuned_configs: str | None = None) -> Prepared:
+        asked.append(dtype)
+        return dataclasses.replace(made(self, info, dtype, tuned_configs), lossy="3 scales rounded")
+
+    monkeypatch.setattr(CpuBackend, "prepare", prepare)
     found = verify(folder_of("demo"))
     assert found.ok and found.dtype == "bfloat16"
     assert asked[:2] == [torch.bfloat16] * 2

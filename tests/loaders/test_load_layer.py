@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from quant_moelora.core.errors import FormatError
+from quant_moelora.core.parallel import in_parallel
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.loaders.checkpoint import Checkpoint, Part
 from quant_moelora.loaders.experts import load_layer
 from quant_moelora.loaders.families import ExpertsSpec
 from quant_moelora.loaders.layer_format import describe_layers
-from quant_moelora.loaders.parallel import in_parallel
 from tests.builders import same_bits, threads
 from tests.checkpoints import (
     ENCODERS,
