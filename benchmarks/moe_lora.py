@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.lora_case import SLOTS, Adapters, active_pairs, floor_us
+from benchmarks.lora_case import Adapters, active_pairs, floor_us
 from benchmarks.moe_case import DTYPE, SHAPES, Case, Roofs, random_case, random_info
 from benchmarks.record import provenance, write_rows
 from benchmarks.roofs import measured_roofs
@@ -156,9 +156,8 @@ def compiled_jobs(jobs: Sequence[Job]) -> list[Job]:
     kinds: dict[tuple[str, int, int, int], Job] = {}
     for job in jobs:
         sizes = [job.tokens, *(1 << n for n in range((job.tokens - 1).bit_length()))] if job.loop else [job.tokens]
-        slots = next(slots for slots in SLOTS if slots >= job.adapters.count)
         for tokens in sizes:
-            kinds.setdefault((job.name, tokens, slots, job.adapters.rank), replace(job, tokens=tokens))
+            kinds.setdefault((job.name, tokens, job.adapters.num_slots, job.adapters.rank), replace(job, tokens=tokens))
     return sorted(kinds.values(), key=lambda job: -job.tokens)
 
 

@@ -337,27 +337,36 @@ def tune(
     act_order: Annotated[bool, typer.Option(help="Whether gate and up have an act-order.")] = False,
     dtype: Annotated[DType, typer.Option(help="Activation dtype; auto takes the checkpoint's.")] = DType.AUTO,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens in a forward.")] = "1,4,16,64,256,1024,4096",
+    lora_ranks: Annotated[str, typer.Option(help="Ranks of adapters, powers of two from 16 on; none by default.")] = "",
+    tiles: Annotated[bool, typer.Option(help="Whether to measure tiles, or keep those of the table there is.")] = True,
     rounds: Annotated[int, typer.Option(help="Rounds in which candidates take turns.", min=1)] = 11,
     processes: Annotated[int | None, typer.Option(help="Processes that compile; one a processor.", min=1)] = None,
     commit: Annotated[str, typer.Option(help="Commit of the code, for the table.")] = "unknown",
     as_json: Annotated[bool, typer.Option("--json", help="Print the tables as JSON.")] = False,
 ) -> None:
-    """Measure tiles of a layer's GEMMs on this GPU, with random weights, and write the best ones into a table."""
-    from quant_moelora.kernels.grouped_gemm.tune import default_processes, tune
+    """Measure tiles of a layer's GEMMs on this GPU, and how its adapters are cut, with random weights; write a table.
+
+    The best of what was tried serves all later loads that name the folder as --tuned-configs.
+    """
+    from quant_moelora.experts.lora_tune import with_lora
+    from quant_moelora.kernels.grouped_gemm.tune import default_processes, tune, tuned_before
 
     given = {"--experts": experts, "--hidden": hidden, "--intermediate": intermediate, "--top-k": top_k}
     if model is None:
         problems = [_layer_problem(given, bits, None if group_size == -1 else group_size, zeros, dtype)]
     else:
         problems = _model_problems(model, top_k, dtype)
-    numbers, count = _numbers(tokens), processes or default_processes()
+    numbers, count = _numbers("--tokens", tokens), processes or default_processes()
+    ranks = _numbers("--lora-ranks", lora_ranks) if lora_ranks else []
     if out.exists() and not out.is_dir():
         raise UnsupportedError("--out", got=f"the file {out}", rule="a folder", remedy="name a folder for the tables")
     out.mkdir(parents=True, exist_ok=True)
     made: dict[str, Table] = {}
     for problem in problems:
         one = problem.with_act_order() if act_order else problem
-        table = tune(one, numbers, rounds=rounds, processes=count, commit=commit)
+        table = tune(one, numbers, rounds=rounds, processes=count, commit=commit) if tiles else tuned_before(one, out)
+        if ranks:
+            table = with_lora(table, one, numbers, ranks, rounds=rounds, processes=count, commit=commit)
         made[str(table.write(out))] = table
     if as_json:
         typer.echo(json.dumps({path: asdict(table) for path, table in made.items()}, indent=2))
@@ -367,6 +376,9 @@ def tune(
         for entry in table.entries:
             gain = f"{entry.formula_us / entry.us - 1:+.1%}" if entry.us < entry.formula_us else "the formula's tiles"
             typer.echo(f"  {entry.num_pairs} pairs: {entry.us:.1f} us, {gain}")
+        for cut in table.lora:
+            gain = f"{cut.formula_us / cut.us - 1:+.1%}" if cut.us < cut.formula_us else "the formula's cut"
+            typer.echo(f"  {cut.num_pairs} pairs with adapters of rank {cut.rank}: {cut.us:.1f} us, {gain}")
 
 
 def _layer_problem(
@@ -421,15 +433,15 @@ def _model_problems(path: str, top_k: int | None, dtype: DType) -> list[Problem]
     return list({problem.shape: problem for problem in problems}.values())
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(option: str, text: str) -> list[int]:
     """Positive numbers of a list with commas, each once."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
         raise UnsupportedError(
-            "--tokens",
+            option,
             got=text,
             rule="positive numbers with commas between",
-            remedy="write them as in --tokens 1,16,256",
+            remedy=f"write them as in {option} 1,16,256",
         )
     return sorted({int(part) for part in parts})
 

@@ -240,9 +240,11 @@ def context(
         offsets[slot, which, expert] = sum(block.numel() for block in blocks)
         blocks.append(torch.cat([part.float().flatten() for part in parts]))
 
+    inter_perm = None if info.inter_perm is None else info.inter_perm.long().cpu()  # beside the factors
+
     def stored(expert: int, b: Tensor) -> Tensor:  # (I, r) -> (inter_pad, r)
         rows = torch.zeros(pad, b.shape[1])
-        rows[: info.intermediate_size] = b if info.inter_perm is None else b[info.inter_perm[expert].long()]
+        rows[: info.intermediate_size] = b if inter_perm is None else b[inter_perm[expert]]
         return rows
 
     for slot, held in enumerate(adapters):

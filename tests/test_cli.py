@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quant_moelora.cli import main
+from quant_moelora.experts import lora_tune
 from quant_moelora.kernels.common import launch
 from quant_moelora.kernels.grouped_gemm import tune
 from quant_moelora.kernels.grouped_gemm.config import formula
-from quant_moelora.kernels.grouped_gemm.table import Entry, tuned_tiles
+from quant_moelora.kernels.grouped_gemm.table import Entry, LoRAEntry, tuned_tiles
 
 # Its log handler keeps the stderr of the first import, which must not be that of a test.
 importlib.import_module("transformers")
@@ -99,7 +100,7 @@ def test_inspect_prints_what_a_checkpoint_holds(command: Command) -> None:
         f"{MODEL}: qwen3_moe, {bytes_on_disk:,} bytes on disk",
         "layers 0-1: 8 experts, hidden 128, intermediate 96 (padded 128), silu",
         *(f"{projection} gptq w4a16_g32_asym" for projection in ("gate", "up", "down")),
-        "backend reference: serves it",
+        "backend cpu: serves it",
         "quantised linear layers beside the experts: 8",
     ):
         assert part in run.out, run.out
@@ -125,7 +126,7 @@ def test_inspect_json(command: Command) -> None:
         "scheme": "w4a16_g32_asym",
         "formats": dict.fromkeys(("gate", "up", "down"), "gptq w4a16_g32_asym"),
         "packed_bytes": packed,
-        "backends": {"marlin": [] if torch.cuda.is_available() else [NO_CUDA], "reference": []},
+        "backends": {"marlin": [] if torch.cuda.is_available() else [NO_CUDA], "cpu": [], "reference": []},
     }
 
 
@@ -150,10 +151,11 @@ def test_inspect_json_of_every_golden_checkpoint(command: Command, golden: Path,
     assert layer.keys() == LAYER_FIELDS
     assert (layer["scheme"], layer["layers"], found["quantized_linears"]) == (scheme, layers, linears)
     against = layer["backends"]
-    assert against.keys() == {"marlin", "reference"} and against["reference"] == []
+    assert against.keys() == {"marlin", "cpu", "reference"} and against["reference"] == []
     assert (NO_CUDA in against["marlin"]) is not torch.cuda.is_available()
     unquantised = [f"{name} is not quantised" for name in ("w13", "w2")]
     assert [reason for reason in against["marlin"] if reason.endswith("quantised")] == unquantised * (scheme == "none")
+    assert against["cpu"] == unquantised * (scheme == "none")
 
 
 def edited(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -229,7 +231,7 @@ def test_verify_prints_a_row_a_projection_and_the_verdicts(command: Command) -> 
     assert [(row[0], row[1]) for row in rows] == [(n, p) for n in "01" for p in ("gate", "up", "down")]
     assert all(row[6] == "0.00%" and row[7].endswith("%") and row[8] == "-" for row in rows)
     assert run.out.splitlines()[0] == f"{MODEL}: qwen3_moe, bfloat16"
-    assert "layers 0-1: backend reference in bfloat16: loses nothing" in run.out
+    assert "layers 0-1: backend cpu in bfloat16: loses nothing" in run.out
     assert run.out.splitlines()[-1].startswith("ok: logits differ")
 
 
@@ -248,7 +250,7 @@ def test_verify_json_against_the_base(command: Command, golden: Path) -> None:
         "parity_bound": 1e-4,
     }
     assert 0 <= found["parity"] < 1e-5
-    assert found["backends"] == [{"layer": n, "backend": "reference", "lossy": None} for n in (0, 1)]
+    assert found["backends"] == [{"layer": n, "backend": "cpu", "lossy": None} for n in (0, 1)]
     assert len(found["projections"]) == 6
     for row in found["projections"]:
         assert row.keys() == {
@@ -427,6 +429,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     weights = tune.Weights
     monkeypatch.setattr(tune, "Weights", lambda problem, _: weights(problem, torch.device("meta")))
     monkeypatch.setattr(tune, "tune_point", tune_point)
+    monkeypatch.setattr(lora_tune, "compile_cuts", lambda *_: None)
+    monkeypatch.setattr(lora_tune, "LoRAPoint", lambda case, _: case)
+    monkeypatch.setattr(lora_tune, "tune_lora_point", lambda case, *_: LoRAEntry(8, case.rank, case.formula, 2.0, 2.5))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     yield
     for cached in caches:
@@ -456,6 +461,8 @@ def test_tune_the_layers_of_a_model(command: Command, tmp_path: Path) -> None:
     assert second == "  16 pairs: 2.0 us, +50.0%"
     (shape,) = tuned_tiles(str(tmp_path), "Some GPU").layers
     assert (shape.num_experts, shape.w13.group, shape.w13.zeros, shape.act_order) == (8, 32, True, False)
+    again = command("tune", "--model", MODEL, "--tokens=4", "--no-tiles", "--lora-ranks=16", "--out", str(tmp_path))
+    assert again.out.splitlines() == [first, second, "  8 pairs with adapters of rank 16: 2.0 us, +25.0%"]
     assert command("tune", "--model", MODEL, "--tokens=4", "--act-order", f"--out={tmp_path}").code == 0
     assert len(list(tmp_path.glob("*.json"))) == 2
 

@@ -21,6 +21,7 @@ from quant_moelora.kernels.grouped_gemm.layer import LayerTiles
 from quant_moelora.kernels.grouped_gemm.product import Product
 from quant_moelora.kernels.grouped_gemm.spec import Tile
 from quant_moelora.kernels.lora.launch import LayerFacts, LoRAForward, LoRATables, Rider, alone
+from quant_moelora.kernels.lora.spec import Cut
 from quant_moelora.kernels.moe_sum.launch import moe_sum
 
 _WEIGHT_FIELDS = len(PreparedWeight._fields)
@@ -106,19 +107,35 @@ def write_lora_layer(
         out.zero_()
         return
     layer, tables = MarlinLayer.of(arguments[:-_TABLE_FIELDS]), LoRATables(*arguments[-_TABLE_FIELDS:-1])
+    tiles = layer.tiles.tiles(pairs, x.device)
+    cut = layer.tiles.lora_cut(pairs, tables.max_rank, x.device)
+    run_lora_layer(x, topk_ids, topk_weights, slots, layer, tables, out, tiles, cut)
+
+
+def run_lora_layer(
+    x: Tensor,  # (M, H) bfloat16 or float16
+    topk_ids: Tensor,  # (M, k) int32 or int64
+    topk_weights: Tensor,  # (M, k) float32
+    slots: Tensor,  # (M,) int32
+    layer: MarlinLayer,
+    tables: LoRATables,
+    out: Tensor,  # (M, H) of x's dtype
+    tiles: LayerTiles,
+    cut: Cut,
+) -> None:
+    """Compute a layer of at least one pair with each token's adapter into ``out``, with these tiles and this cut."""
     w13, w2, ids = layer.w13, layer.w2, topk_ids.contiguous()
     x, topk_weights, slots = x.contiguous(), topk_weights.contiguous(), slots.contiguous()
     facts = LayerFacts(layer.activation, w13.n, w13.n_pad, layer.weigh_input)
     with torch.cuda.device_of(x):
-        tiles = layer.tiles.tiles(pairs, x.device)
         product, inverse, segments = _sorted(ids, slots, tables.rank.shape[0], w13.num_experts, tiles)
 
         def buffer(_: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return x.new_empty(shape, dtype=dtype)
 
-        lora = LoRAForward.new(x, tables, facts, ids, topk_weights, slots, product.rows, segments, buffer)
+        lora = LoRAForward.new(x, tables, facts, ids, topk_weights, slots, product.rows, segments, buffer, cut)
         gate_up = _beside(product, x, w13, tiles.w13, w13.rows, lora.shrink_rider(x), gather=True)
-        h = lora.activate(gate_up, x.new_empty(pairs, w13.n_pad))
+        h = lora.activate(gate_up, x.new_empty(ids.numel(), w13.n_pad))
         y = _beside(product, h, w2, tiles.w2, w2.n, lora.expand_rider(), gather=False)
         weights = None if layer.weigh_input else topk_weights
         moe_sum(y, ids, weights, inverse, out, lora.deltas, num_experts=w13.num_experts)

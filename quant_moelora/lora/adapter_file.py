@@ -1,4 +1,9 @@
-"""Adapter files as PEFT writes them: per-expert modules, or target_parameters of the fused experts."""
+"""Adapter files: per-expert modules or target_parameters of the fused experts, as PEFT writes them, or stacked experts.
+
+Stacked files are what vLLM's ``enable_moe_shared_loras`` and SGLang's ``experts_shared_outer_loras`` read:
+``experts.w1|w2|w3.lora_A`` [E, r, K] and ``lora_B`` [E, N, r], with 1 for E where all experts share a factor
+("shared outer": A of w1 and w3, B of w2).
+"""
 
 from __future__ import annotations
 
@@ -30,6 +35,15 @@ PREFIX = "base_model.model."
 _SUFFIX = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 # base_layer is the inner wrapper of PEFT's nesting: the first of the targeted parameters
 _FUSED_MODULE = re.compile(r"(?P<experts>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?experts)(?P<inner>\.base_layer)?")
+_STACKED: dict[str, Projection] = {
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
+_STACKED_MODULE = re.compile(rf"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?P<stored>{'|'.join(_STACKED)})")
 # Settings of LoraConfig that are read here, or that say nothing of what the saved factors mean.
 _UNDERSTOOD = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "target_parameters"),
@@ -44,7 +58,11 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """LoRA of one linear: delta W = scaling * b a. Gate and up of one expert in a fused file share one ``a``."""
+    """LoRA of one linear: delta W = scaling * b a.
+
+    Factors that are one and the same tensor are held once: ``a`` of gate and up of one expert in a fused file, or what
+    all experts share in a stacked one.
+    """
 
     a: Tensor  # (r, K)
     b: Tensor  # (N, r)
@@ -90,6 +108,10 @@ def load_adapter(path: str | Path, specs: list[ExpertsSpec]) -> Adapter:
             spec = _spec_of(layers, expert[0], module, folder)
             factor = _per_expert(config, spec, module, expert[1:], pair, folder)
             adapter.layers.setdefault(expert[0], {})[expert[1:]] = factor
+        elif match := _STACKED_MODULE.fullmatch(module):
+            number = int(match["layer"])
+            spec, projection = _spec_of(layers, number, module, folder), _STACKED[match["stored"]]
+            adapter.layers.setdefault(number, {}).update(_stacked(config, spec, module, projection, pair, folder))
         elif _FUSED_MODULE.fullmatch(module) is None:
             name = f"{module}.weight" if targets_weight(config, module) else module
             adapter.linears[module] = Factor(pair["A"], pair["B"], _scaling(config, name, pair["A"].shape[0]))
@@ -172,7 +194,8 @@ def _check_factor(
     tensor: Tensor,  # (...)
 ) -> None:
     """Raise AdapterError for a tensor that can be no factor of a LoRA, whatever its module."""
-    if tensor.dtype not in DENSE_DTYPES or tensor.ndim != 2 or not tensor.numel():
+    stacked = _STACKED_MODULE.fullmatch(key.removeprefix(PREFIX).rpartition(".lora_")[0]) is not None
+    if tensor.dtype not in DENSE_DTYPES or tensor.ndim != 2 + stacked or not tensor.numel():
         got = f"{tensor.dtype} {list(tensor.shape)}"
     elif not bool(tensor.isfinite().all()):
         got = "values that are not finite"
@@ -181,7 +204,7 @@ def _check_factor(
     raise AdapterError(
         f"{key} in {folder / WEIGHTS_FILE}",
         got=got,
-        rule="a matrix of finite values in float32, bfloat16 or float16, of rank 1 at least",
+        rule=f"{'matrices' if stacked else 'a matrix'} of finite float32, bfloat16 or float16, of rank 1 at least",
         remedy="save the adapter again, or train it again if it diverged",
     )
 
@@ -233,6 +256,34 @@ def _per_expert(
             remedy="attach the adapter to the model it was trained on",
         )
     return Factor(a, b, _scaling(config, module, rank))
+
+
+def _stacked(
+    config: LoraConfig,
+    spec: ExpertsSpec,
+    module: str,
+    projection: Projection,
+    pair: Mapping[str, Tensor],
+    folder: Path,
+) -> LayerFactors:
+    """LoRA on one projection of all experts: A [E or 1, r, K], B [E or 1, N, r]."""
+    experts, a, b = spec.num_experts, pair["A"], pair["B"]
+    linear, rank = spec.linear(module, projection), a.shape[1]
+    if (
+        not {len(a), len(b)} <= {1, experts}
+        or a.shape[1:] != (rank, linear.k)
+        or b.shape[1:] != (linear.n, rank)
+        or (projection == "gate" and not spec.activation.gated)
+    ):
+        raise AdapterError(
+            f"{module} in {folder / WEIGHTS_FILE}",
+            got=f"A {list(a.shape)}, B {list(b.shape)}",
+            rule=f"A [{experts} or 1, r, {linear.k}] and B [{experts} or 1, {linear.n}, r]",
+            remedy="attach the adapter to the model it was trained on",
+        )
+    scaling = _scaling(config, module, rank)
+    each_a, each_b = (list(t.unbind()) * (experts // len(t)) for t in (a, b))
+    return {(e, projection): Factor(each_a[e], each_b[e], scaling) for e in range(experts)}
 
 
 def _fused(

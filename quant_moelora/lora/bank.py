@@ -412,7 +412,10 @@ def build_context(info: MoEQuantInfo, adapters: Sequence[LayerFactors], dtype: t
 
 
 def _random(info: MoEQuantInfo, rank: int, projections: Collection[Projection] | None) -> LayerFactors:
-    """Random factors whose deltas are about as large as what they are added to; all experts have the same."""
+    """Random factors whose deltas are about as large as what they are added to; all experts have the same values.
+
+    Not the same tensors, which would be held once: a dummy takes the room of an adapter that shares nothing.
+    """
     generator = torch.Generator().manual_seed(0)
     if projections is None:
         projections = ("gate", "up", "down") if info.activation.gated else ("up", "down")
@@ -422,5 +425,5 @@ def _random(info: MoEQuantInfo, rank: int, projections: Collection[Projection] |
         n, k = (k, n) if projection == "down" else (n, k)
         a = torch.randn(max(rank, 0), k, generator=generator) / math.sqrt(k)
         b = torch.randn(n, max(rank, 0), generator=generator) / math.sqrt(max(rank, 1))
-        made |= {(expert, projection): Factor(a, b, 1.0) for expert in range(info.num_experts)}
+        made |= {(e, projection): Factor(a.view_as(a), b.view_as(b), 1.0) for e in range(info.num_experts)}
     return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,6 +114,7 @@ class LayerLayout:
         """Lay the factors out; ``row`` gets offsets relative to the block."""
         self.size = 0
         self._parts: list[_Rows] = []
+        self._placed: dict[tuple[int, ...], int] = {}  # offset, by the identities of what all experts may share
         hidden, inter = info.hidden_size, info.inter_pad
         for expert in sorted({expert for expert, _ in factors}):
             gate, up, down = (factors.get((expert, projection)) for _, projection in _ROWS)
@@ -126,11 +127,18 @@ class LayerLayout:
             if held:
                 shared = gate is not None and up is not None and gate.a is up.a  # as in a fused file
                 row.up_col[expert] = 0 if shared or gate is None else gate.a.shape[0]
-                row.offsets[A13, expert] = self._add([f.a for f in (held[:1] if shared else held)], hidden)
+                row.offsets[A13, expert] = self._shared([f.a for f in (held[:1] if shared else held)], hidden)
                 row.offsets[B13, expert] = self._add([f.b.T for f in held], inter, order)
             if down is not None:
                 row.offsets[A2, expert] = self._add([down.a], inter, order)
-                row.offsets[B2, expert] = self._add([down.b.T], hidden)
+                row.offsets[B2, expert] = self._shared([down.b], hidden, transposed=True)
+
+    def _shared(self, values: Sequence[Tensor], width: int, *, transposed: bool = False) -> int:
+        """`_add` of values whose columns are the model's own, unless an earlier expert has the very same tensors."""
+        key = tuple(map(id, values))
+        if key not in self._placed:
+            self._placed[key] = self._add([value.T if transposed else value for value in values], width)
+        return self._placed[key]
 
     def _add(self, values: Iterable[Tensor], width: int, order: Tensor | None = None) -> int:
         """Place [r, K] values under one another; return the first's offset."""

@@ -75,7 +75,7 @@ class Launched:
     @property
     def in_blocks(self) -> bool:
         """Whether it takes ranks in several blocks, one after the other."""
-        return not self.shrinks and self.spec.max_rank > self.spec.expand_ranks
+        return not self.shrinks and self.spec.max_rank > self.spec.cut.expand_ranks
 
 
 def launched(cases: list[Case]) -> list[list[Launched]]:

@@ -44,7 +44,7 @@ def _loads(elements: int, size: int, threads: int) -> int:
 
 def _factors(spec: LoRASpec, threads: int) -> int:
     """Those of the activation's three factors, for one block of columns."""
-    return (3 if spec.gated else 2) * _loads(spec.expand_ranks * spec.activation_block, 2, threads)
+    return (3 if spec.gated else 2) * _loads(spec.cut.expand_ranks * spec.cut.activation_block, 2, threads)
 
 
 def _step(spec: LoRASpec, threads: int) -> int:
@@ -52,24 +52,24 @@ def _step(spec: LoRASpec, threads: int) -> int:
     rows = 8 if spec.direct else ROWS  # of a pair of its own, what its threads find at once
     gate_up = (2 if spec.gated else 1) * spec.gemm_parts
     size = 2 if spec.gemm_parts == 1 else 4
-    return _factors(spec, threads) + gate_up * _loads(rows * spec.activation_block, size, threads)
+    return _factors(spec, threads) + gate_up * _loads(rows * spec.cut.activation_block, size, threads)
 
 
 def _of_riders(spec: LoRASpec, threads: int, *, shrinks: bool) -> int:
     """Those of the first shrink, for each of its heights, or of the second expand."""
     if not shrinks:
-        return _loads(spec.expand_ranks * EXPAND_BLOCK, 2, threads)
+        return _loads(spec.cut.expand_ranks * EXPAND_BLOCK, 2, threads)
     heights = [(16, 128)] if spec.direct else [(16, 128), (32, 64)]
-    return sum(_loads((spec.shrink_ranks + rows) * columns, 2, threads) for rows, columns in heights)
+    return sum(_loads((spec.cut.shrink_ranks + rows) * columns, 2, threads) for rows, columns in heights)
 
 
 def _most_spills(found: Launched) -> int:
     """Of a kernel, loads and stores each."""
     spec = found.spec
     if found.kernel.name == "activate_kernel":
-        return MANY if found.in_blocks or spec.parts13 > 4 or spec.gemm_parts > 1 else FEW
+        return MANY if found.in_blocks or spec.cut.parts13 > 4 or spec.gemm_parts > 1 else FEW
     if found.in_blocks and found.gemm:
-        return MANY if spec.activation_parts > 16 else OF_RIDERS
+        return MANY if spec.cut.parts2 > 16 else OF_RIDERS
     return FEWEST
 
 

@@ -100,14 +100,21 @@ def pairwise(factors: Mapping[str, Sequence[Any]], seed: int = 0) -> list[dict[s
     return chosen
 
 
+def crossed(**factors: Sequence[Any]) -> pytest.MarkDecorator:
+    """A test's parameters in all combinations; interpreted, where each takes seconds, in those of `pairwise`."""
+    all_of_them = [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
+    chosen = pairwise(factors) if INTERPRETED else all_of_them
+    return pytest.mark.parametrize(list(factors), [pytest.param(*one.values(), id=label(one)) for one in chosen])
+
+
 def label(value: object) -> str:
     """Of one combination, for the name of its test."""
     assert isinstance(value, dict)
     return "-".join(str(getattr(v, "name", v)).removeprefix("torch.") for v in value.values())
 
 
-def sanitized(tool: str, module: str, function: str) -> str:
-    """What compute-sanitizer says of a function of a test module, run in a process of its own without an error."""
+def check_sanitized(tool: str, module: str, function: str) -> None:
+    """Have compute-sanitizer watch a function of a test module in a process of its own, and find nothing."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not on PATH")
@@ -123,4 +130,5 @@ def sanitized(tool: str, module: str, function: str) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
-    return done.stdout
+    nothing = {"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "RACECHECK SUMMARY: 0 hazards"}[tool]
+    assert nothing in done.stdout, done.stdout[-2000:]

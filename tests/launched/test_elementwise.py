@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from quant_moelora.core.activations import ACTIVATIONS, Activation
+from quant_moelora.core import packing
+from quant_moelora.core.activations import Activation, ActivationName
 from quant_moelora.core.routing import Routing
 from quant_moelora.kernels.activation.launch import activate
 from quant_moelora.kernels.align import reference
@@ -16,14 +17,15 @@ from quant_moelora.kernels.by_half.launch import by_half
 from quant_moelora.kernels.moe_sum.launch import moe_sum
 from tests import builders
 from tests.builders import packed, roundoff, routing, scheme
-from tests.launched.cases import DEVICE, EACH_DTYPE, MARKS, poison, prepared
+from tests.launched.cases import DEVICE, DTYPES, EACH_DTYPE, MARKS, crossed, poison, prepared
 
 pytestmark = MARKS
 EXPERTS = 4
-ROUTER_WEIGHT = pytest.mark.parametrize("router_weight", ["output", "input"])
-# 0 is a GEMM's output, 1 the same in float32 (with an adapter's delta), more are partial sums.
-PARTS = pytest.mark.parametrize("parts", [0, 1, 2, 4], ids=["output", "float32", "2 parts", "4 parts"])
-SORTED = pytest.mark.parametrize("in_order", [False, True], ids=["pairs", "sorted"])
+ROUTER_WEIGHT = ("output", "input")
+PARTS = (0, 1, 2, 4)  # 0 is a GEMM's output, 1 the same in float32 (with an adapter's delta), more are partial sums
+NAMES = [name for name in get_args(ActivationName) if name != "swigluoai"]
+FUNCTIONS = [Activation(name, gated) for name in NAMES for gated in (True, False)]
+FUNCTIONS.append(Activation("swigluoai", alpha=1.702, limit=1.0))
 
 
 def given(shape: tuple[int, int], parts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -51,27 +53,18 @@ def order(case: Routing, in_order: bool) -> tuple[Tensor | None, Tensor | None, 
     return plan.rows.to(DEVICE), plan.inverse.to(DEVICE), plan.rows.tolist()
 
 
-@EACH_DTYPE
-@PARTS
-@SORTED
-@ROUTER_WEIGHT
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize(("inter", "pad"), [(40, 64), (1060, 1088)])
+@crossed(
+    inter=[40, 1060],
+    activation=FUNCTIONS,
+    router_weight=ROUTER_WEIGHT,
+    in_order=[False, True],
+    parts=PARTS,
+    dtype=DTYPES,
+)
 def test_activation(
-    inter: int,
-    pad: int,
-    name: Any,
-    gated: bool,
-    router_weight: Any,
-    in_order: bool,
-    parts: int,
-    dtype: torch.dtype,
+    inter: int, activation: Activation, router_weight: str, in_order: bool, parts: int, dtype: torch.dtype
 ) -> None:
-    clamped = name == "swigluoai"
-    if clamped and not gated:
-        return
-    activation = Activation(name, gated, **({"alpha": 1.702, "limit": 1.0} if clamped else {}))
+    pad, gated = packing.padded_columns(inter, 64), activation.gated
     case = routing(5, 2, EXPERTS)
     gate_up, values = given((10, activation.halves * pad), parts, dtype)
     rows, _, pairs = order(case, in_order)
@@ -96,14 +89,17 @@ def test_activation(
         assert (out[row, inter:] == 0).all()
 
 
-@EACH_DTYPE
-@PARTS
-@SORTED
-@ROUTER_WEIGHT
-@pytest.mark.parametrize(("tokens", "top_k", "hidden"), [(5, 1, 72), (7, 2, 200), (3, 5, 64)])
+@crossed(
+    tokens_top_k_hidden=[(5, 1, 72), (7, 2, 200), (3, 5, 64)],
+    router_weight=ROUTER_WEIGHT,
+    in_order=[False, True],
+    parts=PARTS,
+    dtype=DTYPES,
+)
 def test_moe_sum(
-    tokens: int, top_k: int, hidden: int, router_weight: Any, in_order: bool, parts: int, dtype: torch.dtype
+    tokens_top_k_hidden: tuple[int, int, int], router_weight: str, in_order: bool, parts: int, dtype: torch.dtype
 ) -> None:
+    tokens, top_k, hidden = tokens_top_k_hidden
     case = routing(tokens, top_k, EXPERTS)
     case.topk_ids[0] = torch.tensor([-1, EXPERTS, 99, -7, EXPERTS])[:top_k]  # a token without any expert
     held = (case.topk_ids >= 0) & (case.topk_ids < EXPERTS)

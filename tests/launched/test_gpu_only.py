@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,17 +14,11 @@ from quant_moelora.kernels.align.launch import align
 from quant_moelora.kernels.grouped_gemm.spec import Tile
 from quant_moelora.layer import MoEExperts
 from tests.builders import layer, move, packed, routing, same_bits, scheme
-from tests.launched.cases import DEVICE, EACH_DTYPE, sanitized
+from tests.launched.cases import DEVICE, EACH_DTYPE, check_sanitized
 from tests.launched.test_align import check_plan, random_slots
 from tests.launched.test_grouped_gemm import HEIGHTS, LOWEST, inputs, run, with_counts
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_grad")]
 
 
 @EACH_DTYPE
@@ -208,8 +200,7 @@ def small_layers() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_the_sanitizer_finds_nothing(tool: str) -> None:
-    found = sanitized(tool, "tests.launched.test_gpu_only", "small_layers")
-    assert "ERROR SUMMARY: 0 errors" in found or "RACECHECK SUMMARY: 0 hazards" in found, found[-2000:]
+    check_sanitized(tool, "tests.launched.test_gpu_only", "small_layers")
 
 
 def test_no_pair_is_routed_here() -> None:

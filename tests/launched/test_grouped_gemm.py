@@ -24,6 +24,7 @@ from tests.launched.cases import (
     FROBENIUS,
     INTERPRETED,
     MARKS,
+    crossed,
     held_values,
     label,
     pairwise,
@@ -142,10 +143,7 @@ def test_every_kind_of_weight(chosen: dict[str, Any]) -> None:
     check(built, x, case, "gather", run(built, x, case, "gather", Tile(16, chosen["bn"], step)))
 
 
-@EACH_DTYPE
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("ids", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("mode", MODES)
+@crossed(mode=MODES, ids=[torch.int32, torch.int64], bits=[4, 8], dtype=DTYPES)
 def test_every_way_to_read_x(mode: Mode, ids: torch.dtype, bits: int, dtype: torch.dtype) -> None:
     built = packed(scheme(bits, 32), experts=EXPERTS, halves=2, n=40, k=100, act_order=mode == "by half", bias=True)
     case = routing(7, 2, EXPERTS)
@@ -199,13 +197,14 @@ def with_counts(*counts: int) -> Routing:
 HEIGHTS = [(1, 16, 17), (32, 33, 48), (49, 64, 65), (80, 81, 96), (97, 112, 113), (128, 129, 0), (160, 192, 193)]
 
 
-@EACH_DTYPE
-@pytest.mark.parametrize("mode", ["gather", "sorted"])
-@pytest.mark.parametrize(
-    ("bm", "mixed"), [(16, False), (32, False), (64, False), (64, True), (128, False), (128, True), (192, True)]
+@crossed(
+    counts=HEIGHTS,
+    bm_mixed=[(16, False), (32, False), (64, False), (64, True), (128, False), (128, True), (192, True)],
+    mode=["gather", "sorted"],
+    dtype=DTYPES,
 )
-@pytest.mark.parametrize("counts", HEIGHTS, ids=str)
-def test_every_height(counts: tuple[int, ...], bm: int, mixed: bool, mode: Mode, dtype: torch.dtype) -> None:
+def test_every_height(counts: tuple[int, ...], bm_mixed: tuple[int, bool], mode: Mode, dtype: torch.dtype) -> None:
+    bm, mixed = bm_mixed
     built = packed(scheme(4, 64), experts=EXPERTS, n=64, k=72)
     case = with_counts(*counts)
     x = inputs(case, mode, 72, dtype)
@@ -236,19 +235,17 @@ def test_every_tile_is_swept_once(group_m: int, dtype: torch.dtype) -> None:
     check(built, x, case, "gather", run(built, x, case, "gather", Tile(16, 64, 64, group_m=group_m)))
 
 
-@EACH_DTYPE
-@pytest.mark.parametrize("mode", ["gather", "direct tokens"])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    "activation",
-    [
+@crossed(
+    activation=[
         Activation("silu"),
         Activation("gelu"),
         Activation("gelu_tanh"),
         Activation("relu2"),
         Activation("swigluoai", alpha=1.702, limit=1.0),
     ],
-    ids=lambda a: a.name,
+    bits=[4, 8],
+    mode=["gather", "direct tokens"],
+    dtype=DTYPES,
 )
 def test_the_activation_of_a_tile(activation: Activation, bits: int, mode: Mode, dtype: torch.dtype) -> None:
     """Two tiles of gate with their two of up; gate and up are rounded before, as if they had been stored."""

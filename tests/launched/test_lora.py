@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -23,18 +23,12 @@ from tests.builders import Adapter, Lora, activate, adapter, context, delta, lay
 from tests.launched.cases import DEVICE, DTYPES, EACH_DTYPE, INTERPRETED, MARKS, label, pairwise, poison
 from tests.launched.test_elementwise import given
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.usefixtures("no_grad")]
 # No multiples of the 128 columns that kernels take at once: a second block is short.
 HIDDEN, INTER = (136, 72) if INTERPRETED else (584, 456)
 EXPERTS = 5
 LARGE = 40 if INTERPRETED else 256  # the largest rank: more than the 32 that kernels take at once
 UNIT32 = roundoff(torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def some_adapters(info: MoEQuantInfo, dtype: torch.dtype, count: int) -> list[Adapter]:
@@ -144,9 +138,9 @@ def run(case: Case, cut: Cut | None = None) -> Done:
 
     forward = LoRAForward.new(x, LoRATables.of(case.ctx), facts, ids, weights, slots, rows, segments, buffer)
     if cut is not None:
-        spec = replace(forward.spec, **asdict(cut))
-        v13 = poison(routed.num_pairs, spec.parts13, spec.v13_width, dtype=torch.float32)
-        v2 = poison(routed.num_pairs, spec.activation_parts, spec.max_rank, dtype=torch.float32)
+        spec = replace(forward.spec, cut=cut)
+        v13 = poison(routed.num_pairs, spec.cut.parts13, spec.v13_width, dtype=torch.float32)
+        v2 = poison(routed.num_pairs, spec.cut.parts2, spec.max_rank, dtype=torch.float32)
         forward = replace(forward, spec=spec, v13=v13, v2=v2)
     alone(forward.shrink_rider(x))
     h = forward.activate(case.gate_up.to(DEVICE), poison(routed.num_pairs, info.inter_pad, dtype=dtype))
@@ -276,12 +270,13 @@ def mixed(tokens: int, top_k: int, adapters: int) -> Routing:
     return routed
 
 
-# Parts of x that a program more or less has, and one that has none; two and three blocks of h a program, of which the
-# last one may be beyond its end.
+# Parts of x that a program more or less has, and one that has none; blocks of h, of which a program's last one may be
+# beyond the end, and programs that have none.
+BLOCK = 32 if INTERPRETED else 128
 CUTS = {
     "": None,
-    "parts": Cut(16, 3, 16, *((32, 3) if INTERPRETED else (128, 3)), expand_blocks=2),
-    "more": Cut(32, 2, 16, *((64, 1) if INTERPRETED else (128, 1)), expand_blocks=1),
+    "parts": Cut(16, 3, 2, 16, BLOCK, expand_blocks=2),
+    "more": Cut(32, 2, 5, 16, 2 * BLOCK if INTERPRETED else BLOCK, expand_blocks=1),
 }
 MATRIX = pairwise(
     {
@@ -311,7 +306,7 @@ def test_steps_against_float64(chosen: dict[str, Any]) -> None:
     )
     cut = CUTS[chosen["cut"]]
     if cut is not None and case.ctx.max_rank > cut.expand_ranks:
-        cut = replace(cut, activation_steps=1)  # the only case that there is
+        cut = replace(cut, parts2=-(-case.info.inter_pad // cut.activation_block))  # the only case that there is
     check(case, cut)
 
 
@@ -355,7 +350,7 @@ def test_more_parts_than_are_read_at_once(dtype: torch.dtype) -> None:
     slots = torch.full((1 if INTERPRETED else 9,), 3, dtype=torch.int32)
     routed = Routing(torch.full((len(slots), 1), 2), torch.ones(len(slots), 1), slots)
     case = make(routed, dtype, 4, hidden=hidden, inter=inter, direct=True)
-    check(case, Cut(32, 17, 32, 16 if INTERPRETED else 128, 1, expand_blocks=3))
+    check(case, Cut(32, 17, 20 if INTERPRETED else 18, 32, 16 if INTERPRETED else 128, expand_blocks=3))
 
 
 @EACH_DTYPE

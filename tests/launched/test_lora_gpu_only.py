@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,17 +14,11 @@ from quant_moelora.core.lora_context import MoELoRAContext
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.layer import MoEExperts
 from tests.builders import adapter, context, layer, same_bits, scheme
-from tests.launched.cases import DEVICE, EACH_DTYPE, sanitized
+from tests.launched.cases import DEVICE, EACH_DTYPE, check_sanitized
 from tests.launched.test_lora import in_turn, some_adapters
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_grad")]
 EXPERTS, HIDDEN, INTER, SLOTS, LARGEST = 8, 576, 200, 3, 40
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def batch(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -155,5 +148,4 @@ def small_layers() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_the_sanitizer_finds_nothing(tool: str) -> None:
-    found = sanitized(tool, "tests.launched.test_lora_gpu_only", "small_layers")
-    assert "ERROR SUMMARY: 0 errors" in found or "RACECHECK SUMMARY: 0 hazards" in found, found[-2000:]
+    check_sanitized(tool, "tests.launched.test_lora_gpu_only", "small_layers")

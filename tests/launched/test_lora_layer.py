@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,24 +16,16 @@ from quant_moelora.experts.marlin import MarlinPrepared
 from quant_moelora.kernels.align.op import plan_of
 from quant_moelora.kernels.grouped_gemm.op import grouped_gemm
 from tests.builders import Adapter, context, expected, move, same_bits, scheme
-from tests.launched.cases import DEVICE, DTYPES, EACH_DTYPE, FROBENIUS, INTERPRETED, MARKS, interpret, label, pairwise
+from tests.launched.cases import DEVICE, DTYPES, EACH_DTYPE, FROBENIUS, INTERPRETED, MARKS, label, pairwise
 from tests.launched.test_lora import in_turn, some_adapters
 from tests.launched.test_marlin import EXPERTS, LAYER, Case, make, relative_error, unchanged
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.usefixtures("serving")]
 # 1 token: each pair is a tile. On a GPU, LoRA rides beside tiles of 16 and 32 rows, and is alone beside those of 128.
 TOKENS = (1, 4) if INTERPRETED else (1, 3, 17, 64, 300)
 MORE = TOKENS[1:] if INTERPRETED else TOKENS
 MIXED = 2 if INTERPRETED else 4  # adapters of a mixed batch, whose ranks are 8 or 256 at most
 EACH_SIZE = pytest.mark.parametrize("tokens", TOKENS)
-
-
-@pytest.fixture(autouse=True)
-def _serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if INTERPRETED:
-        interpret(monkeypatch)
-    with torch.no_grad():
-        yield
 
 
 def attached(case: Case, count: int) -> list[Adapter]:

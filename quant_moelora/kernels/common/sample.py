@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quant_moelora.core import packing
 from quant_moelora.core.activations import Activation
+from quant_moelora.core.lora_context import NO_FACTOR, MoELoRAContext
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.scheme import QuantScheme, num_groups
 from quant_moelora.core.weights import PackedWeight
@@ -87,6 +88,50 @@ def blank_prepared(weight: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
     one, _ = prepare(random_weight(blank_weight(1, weight.halves, weight.n, weight.k, n_pad, scheme), "cpu"), dtype)
     held = {name: all_experts(getattr(one, name)) for name in ("scales", "zeros", "post")}
     return one._replace(qweight=weight.qweight, num_experts=weight.num_experts, **held)
+
+
+def random_adapters(
+    info: MoEQuantInfo, dtype: torch.dtype, adapters: int, rank: int, slots: int, device: torch.device | str
+) -> MoELoRAContext:
+    """One layer's adapters of one rank on gate, up and down of every expert, random, in the first slots.
+
+    Without data on the meta device.
+
+    Args:
+        info: the layer, which may be on the meta device.
+        dtype: of the activations.
+        adapters: how many.
+        rank: of each projection.
+        slots: of the context, at least as many as adapters.
+        device: of the context.
+    """
+    hidden, inter, experts = info.hidden_size, info.inter_pad, info.num_experts
+    sizes = torch.tensor([2 * rank * hidden, 2 * rank * inter, rank * inter, rank * hidden])
+    ends = sizes.repeat(adapters * experts).cumsum(0).view(adapters, experts, 4)
+    arena = torch.empty(int(ends[-1, -1, -1]), dtype=dtype, device=device)
+    if arena.device.type != "meta":
+        arena.normal_(std=0.02)
+    offsets = torch.full((slots, 4, experts), NO_FACTOR, dtype=torch.int64)
+    offsets[:adapters] = (ends - sizes).transpose(1, 2)
+    ranks = torch.where(torch.arange(slots) < adapters, rank, 0).to(dtype=torch.int32, device=device)
+    return MoELoRAContext(
+        num_experts=experts,
+        hidden_size=hidden,
+        inter_pad=inter,
+        arena=arena,
+        offsets=offsets.to(device),
+        rank=ranks[:, None, None].expand(-1, 3, experts).contiguous(),
+        up_col=ranks[:, None].expand(-1, experts).contiguous(),
+        scaling=torch.full((slots, 3, experts), 2.0, device=device),
+        max_rank=rank,
+    )
+
+
+def random_slots(adapters: int, tokens: int, count: int, device: torch.device | str) -> list[Tensor]:  # of (M,) int32
+    """A random adapter for each token, so many times."""
+    generator = torch.Generator().manual_seed(1)
+    draw = (torch.randint(0, adapters, (tokens,), generator=generator) for _ in range(count))
+    return [slots.to(torch.int32).to(device) for slots in draw]
 
 
 def random_routings(num_experts: int, top_k: int, tokens: int, device: torch.device | str) -> list[Tensor]:

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 
 from quant_moelora.kernels.common.launch import capability, gpu_name
-from quant_moelora.kernels.grouped_gemm.config import choose_tiles
+from quant_moelora.kernels.grouped_gemm.config import choose_lora_cut, choose_tiles
 from quant_moelora.kernels.grouped_gemm.layer import LayerShape, LayerTiles
 from quant_moelora.kernels.grouped_gemm.table import tuned_tiles
+from quant_moelora.kernels.lora.spec import Cut
 
 
 class TileSource(NamedTuple):
@@ -30,3 +31,8 @@ class TileSource(NamedTuple):
         """Tiles for P pairs, at least 1, on a GPU."""
         tuned = tuned_tiles(self.tuned_configs or None, gpu_name(device))
         return choose_tiles(LayerShape.parse(self.shape), num_pairs, capability(device), tuned)
+
+    def lora_cut(self, num_pairs: int, max_rank: int, device: torch.device) -> Cut:
+        """How LoRA is cut for P pairs, at least 1, on a GPU."""
+        tuned = tuned_tiles(self.tuned_configs or None, gpu_name(device))
+        return choose_lora_cut(LayerShape.parse(self.shape), num_pairs, max_rank, tuned)

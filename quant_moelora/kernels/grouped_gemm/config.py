@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from quant_moelora.kernels.grouped_gemm.layer import LayerShape, LayerTiles
 from quant_moelora.kernels.grouped_gemm.spec import Tile, uses_mma_sync
 from quant_moelora.kernels.grouped_gemm.specialized.config import serves, specialized_tile
+from quant_moelora.kernels.lora import spec as lora
 
 # Programs below which a launch leaves the memory idle: four on each of an H200's 132 multiprocessors. Where experts
 # hardly repeat, half of them will do, since fewer parts are read sooner by what follows.
@@ -28,9 +29,11 @@ class Tuned:
 
     Attributes:
         layers: of each layer, by number of pairs; `LayerTiles.direct` of these does not count.
+        lora: how LoRA is cut, of each layer, by number of pairs and largest rank.
     """
 
     layers: Mapping[LayerShape, Mapping[int, LayerTiles]] = field(default_factory=dict)
+    lora: Mapping[LayerShape, Mapping[tuple[int, int], lora.Cut]] = field(default_factory=dict)
 
 
 NOTHING_TUNED = Tuned()
@@ -61,6 +64,27 @@ def choose_tiles(
     own = formula(shape, near, capability)
     found = replace(measured[near], direct=own.direct)
     return computed if found == own else replace(found, direct=computed.direct)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def choose_lora_cut(shape: LayerShape, num_pairs: int, max_rank: int, tuned: Tuned = NOTHING_TUNED) -> lora.Cut:
+    """How a layer's LoRA is cut: what was measured with about as many pairs, otherwise the formula's.
+
+    What was measured with one rank serves those that have the same next power of two, from 16 on.
+
+    Args:
+        shape: the layer.
+        num_pairs: P, at least 1.
+        max_rank: of the adapters.
+        tuned: what was measured on this GPU.
+    """
+    computed = lora.choose_cut(num_pairs, shape.num_experts, shape.w13.columns, shape.w2.columns, max_rank)
+    measured = tuned.lora.get(shape, {})
+    ranks = lora.rank_class(max_rank)
+    near = [pairs for pairs, rank in measured if rank == ranks and _apart(pairs, num_pairs) <= _NEAR]
+    if not near:
+        return computed
+    return measured[min(near, key=lambda pairs: (_apart(pairs, num_pairs), pairs)), ranks]
 
 
 def _apart(pairs: int, other: int) -> float:

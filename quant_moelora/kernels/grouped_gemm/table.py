@@ -20,6 +20,7 @@ from quant_moelora.core.errors import FormatError
 from quant_moelora.kernels.grouped_gemm.config import Tuned
 from quant_moelora.kernels.grouped_gemm.layer import LayerShape, LayerTiles, layer_faults
 from quant_moelora.kernels.grouped_gemm.spec import Tile
+from quant_moelora.kernels.lora.spec import Cut, cut_faults, rank_class
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,25 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class LoRAEntry:
+    """What was measured with adapters of one rank and one number of pairs.
+
+    Attributes:
+        num_pairs: P.
+        rank: of all adapters, a power of two.
+        cut: how LoRA is cut.
+        us: geometric mean of the layer's medians with few and with many adapters, microseconds.
+        formula_us: the same with the formula's cut.
+    """
+
+    num_pairs: int
+    rank: int
+    cut: Cut
+    us: float
+    formula_us: float
+
+
+@dataclass(frozen=True)
 class Table:
     """What was measured of one layer on one GPU.
 
@@ -75,6 +95,8 @@ class Table:
         shape: the layer.
         provenance: with what it was measured.
         entries: by number of pairs.
+        lora: by number of pairs and rank; empty if it was measured without adapters.
+        lora_provenance: with what those were measured.
     """
 
     gpu: str
@@ -83,6 +105,8 @@ class Table:
     shape: LayerShape
     provenance: Provenance
     entries: tuple[Entry, ...]
+    lora: tuple[LoRAEntry, ...] = ()
+    lora_provenance: Provenance | None = None
 
     @property
     def file_name(self) -> str:
@@ -140,7 +164,17 @@ def tuned_tiles(folder: str | None, gpu: str) -> Tuned:
             instead = "" if own else f"; it has none of {gpu}, which is served by shipped tables and by the formula"
             level = logging.INFO if own else logging.WARNING
             logger.log(level, "tuned tiles in %s: ignored %s%s", folder, ", ".join(others) or "nothing", instead)
-    return Tuned(_by_layer(shipped) | _by_layer(own))
+    return Tuned(_by_layer(shipped) | _by_layer(own), _lora_by_layer(shipped) | _lora_by_layer(own))
+
+
+def known_table(folder: Path, gpu: str, shape: LayerShape) -> Table | None:
+    """What was measured of a layer on a GPU: the folder's table, or the one that is shipped; None if there is none.
+
+    Raises:
+        FormatError: a file is no table.
+    """
+    found = (*shipped_tables(), *read_folder(folder))
+    return next((table for _, table in reversed(found) if (table.gpu, table.shape) == (gpu, shape)), None)
 
 
 def shipped_tables() -> Iterator[tuple[str, Table]]:
@@ -173,6 +207,15 @@ def _by_layer(tables: Iterable[tuple[str, Table]]) -> dict[LayerShape, dict[int,
     return found
 
 
+def _lora_by_layer(tables: Iterable[tuple[str, Table]]) -> dict[LayerShape, dict[tuple[int, int], Cut]]:
+    """Of those whose formula was not the best."""
+    return {
+        table.shape: {(entry.num_pairs, entry.rank): entry.cut for entry in table.lora}
+        for _, table in tables
+        if table.lora
+    }
+
+
 def parse(text: str, name: str) -> Table:
     """A table from the text of its file; nothing may be missing, unknown or impossible to launch.
 
@@ -197,6 +240,13 @@ def parse(text: str, name: str) -> Table:
         )
     for entry in table.entries:
         _check(entry, table, f"{name}: num_pairs {entry.num_pairs}")
+    for entry in table.lora:
+        where = f"{name}: lora: num_pairs {entry.num_pairs}, rank {entry.rank}"
+        wrong = cut_faults(entry.cut)
+        if entry.rank != rank_class(entry.rank):
+            wrong.append("rank is a power of two, from 16 on")
+        if wrong:
+            raise FormatError(where, got="a cut that cannot be launched", rule="; ".join(wrong), remedy=_REMEDY)
     return table
 
 

@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from quant_moelora.core import packing
-from quant_moelora.core.errors import BackendError, UnsupportedError
+from quant_moelora.core.errors import BackendError, FormatError, UnsupportedError
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Plan, Routing
 from quant_moelora.core.weights import PackedWeight
@@ -44,7 +45,7 @@ from quant_moelora.kernels.grouped_gemm.candidates import GEMMS, Cut, Gemm, cand
 from quant_moelora.kernels.grouped_gemm.config import formula
 from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
 from quant_moelora.kernels.grouped_gemm.layer import LayerShape, LayerTiles
-from quant_moelora.kernels.grouped_gemm.table import Entry, Provenance, Table
+from quant_moelora.kernels.grouped_gemm.table import Entry, Provenance, Table, known_table
 from quant_moelora.kernels.moe_sum.launch import moe_sum
 
 logger = logging.getLogger(__name__)
@@ -343,6 +344,24 @@ def tune(
         provenance=provenance(commit),
         entries=tuple(entries),
     )
+
+
+def tuned_before(problem: Problem, folder: Path) -> Table:
+    """The table of a layer on the current CUDA device, from a folder or as it is shipped.
+
+    Raises:
+        BackendError: there is no CUDA device.
+        FormatError: there is no such table.
+    """
+    if not torch.cuda.is_available():
+        raise BackendError("tune", got="no CUDA device", rule="a GPU", remedy="run it on the GPU to tune for")
+    gpu = gpu_name(torch.device("cuda", torch.cuda.current_device()))
+    table = known_table(folder, gpu, problem.shape)
+    if table is None:
+        raise FormatError(
+            f"{folder}", got=f"no table of {problem.shape.name} on {gpu}", rule="one", remedy="measure the tiles too"
+        )
+    return table
 
 
 def compile_candidates(

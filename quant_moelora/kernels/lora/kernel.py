@@ -76,7 +76,7 @@ def _shrink13(x, stride_x, rows, v, segment, a13, ranks, rank_block, part, SPEC:
     _, first, count, _ = segment
     BK: tl.constexpr = 128 if BM <= 16 else 64  # so that what is in flight fits beside a GEMM's blocks
     # A part is as wide for few rows as for many, which would otherwise sum up in another order.
-    WIDTH: tl.constexpr = (SPEC.hidden + 128 * SPEC.parts13 - 1) // (128 * SPEC.parts13) * 128
+    WIDTH: tl.constexpr = (SPEC.hidden + 128 * SPEC.cut.parts13 - 1) // (128 * SPEC.cut.parts13) * 128
     STEPS: tl.constexpr = WIDTH // BK
     i = tl.arange(0, BM)
     there = i < count
@@ -84,7 +84,7 @@ def _shrink13(x, stride_x, rows, v, segment, a13, ranks, rank_block, part, SPEC:
         token = tl.where(there, first // SPEC.top_k, 0)
     else:
         token = tl.load(rows + first + i, mask=there, other=0) // SPEC.top_k
-    R: tl.constexpr = SPEC.shrink_ranks
+    R: tl.constexpr = SPEC.cut.shrink_ranks
     r = rank_block * R + tl.arange(0, R)
     a = a13 + r[:, None].to(tl.int64) * SPEC.hidden
     x += token[:, None].to(tl.int64) * stride_x
@@ -95,7 +95,7 @@ def _shrink13(x, stride_x, rows, v, segment, a13, ranks, rank_block, part, SPEC:
         a_tile = tl.load(a + k[None, :], mask=(r < ranks)[:, None] & real, other=0.0)
         x_tile = tl.load(x + k[None, :], mask=there[:, None] & real, other=0.0)
         total = tl.dot(a_tile, x_tile.T, total)
-    row = (first + i).to(tl.int64) * SPEC.parts13 + part
+    row = (first + i).to(tl.int64) * SPEC.cut.parts13 + part
     to = v + row[None, :] * SPEC.v13_width + r[:, None]
     tl.store(to, total, mask=there[None, :] & (r < ranks)[:, None])
 
@@ -103,16 +103,16 @@ def _shrink13(x, stride_x, rows, v, segment, a13, ranks, rank_block, part, SPEC:
 @triton.jit
 def shrink13(program, x, stride_x, rows, v, tables, held, SPEC: tl.constexpr):
     """v = A13 x of one segment, for one block of ranks and one part of the columns."""
-    segment = _segment(program // (SPEC.rank_blocks13 * SPEC.parts13), held, SPEC)
+    segment = _segment(program // (SPEC.rank_blocks13 * SPEC.cut.parts13), held, SPEC)
     expert, _, count, slot = segment
     has = _has(count, slot, SPEC)
     a13 = _factor(tables, slot, expert, has, SPEC, A13)
     gate = _of_projection(tables[2], slot, expert, has, SPEC, GATE)
     up = _of_projection(tables[2], slot, expert, has, SPEC, UP)
     ranks = tl.maximum(gate, up + _up_col(tables, slot, expert, has, SPEC))
-    rank_block = program // SPEC.parts13 % SPEC.rank_blocks13
-    part = program % SPEC.parts13
-    if rank_block * SPEC.shrink_ranks < ranks:
+    rank_block = program // SPEC.cut.parts13 % SPEC.rank_blocks13
+    part = program % SPEC.cut.parts13
+    if rank_block * SPEC.cut.shrink_ranks < ranks:
         if count <= 16:
             _shrink13(x, stride_x, rows, v, segment, a13, ranks, rank_block, part, SPEC, 16)
         else:
@@ -191,7 +191,7 @@ def _tiles(factors, column, SPEC: tl.constexpr):
     """First ranks of gate's and up's B and of A2 in one block of columns."""
     b_gate, b_up, a2, gate_rank, up_rank, down_rank = factors
     N: tl.constexpr = SPEC.inter_pad
-    R: tl.constexpr = SPEC.expand_ranks
+    R: tl.constexpr = SPEC.cut.expand_ranks
     up = _rows_of_factor(b_up, 0, up_rank, column, N, R)
     gate = _rows_of_factor(b_gate, 0, gate_rank, column, N, R) if SPEC.gated else up
     return gate, up, _rows_of_factor(a2, 0, down_rank, column, N, R)
@@ -219,9 +219,9 @@ def _gate_and_up(gate_up, gemm_stride, first, count, column, SPEC: tl.constexpr)
 def _delta(v, b, held, factor, ranks, count, column, SPEC: tl.constexpr):
     """v B of one block of columns, with the first ranks' ``held`` of v and ``factor`` of B at hand; float32."""
     N: tl.constexpr = SPEC.inter_pad
-    R: tl.constexpr = SPEC.expand_ranks
-    BN: tl.constexpr = SPEC.activation_block
-    PARTS: tl.constexpr = SPEC.parts13
+    R: tl.constexpr = SPEC.cut.expand_ranks
+    BN: tl.constexpr = SPEC.cut.activation_block
+    PARTS: tl.constexpr = SPEC.cut.parts13
     W: tl.constexpr = SPEC.v13_width
     delta = _meet(held, factor, tl.zeros((ROWS, BN), tl.float32))
     if SPEC.max_rank > R:
@@ -260,7 +260,7 @@ def activate_kernel(
     gemm_stride,
     h,  # (P, inter_pad)
     v13,  # (P, parts13, v13_width) float32
-    v2,  # (P, activation_parts, max_rank) float32
+    v2,  # (P, parts2, max_rank) float32
     rows,  # (P,) int32
     weights,  # (P,) float32
     tables,  # arena, offsets, rank, up_col, scaling of the LoRA context
@@ -285,10 +285,10 @@ def activate_kernel(
     a2 = _factor(tables, slot, expert, has, SPEC, A2)
     factors = (b_gate, b_up, a2, gate_rank, up_rank, ranks)
     N: tl.constexpr = SPEC.inter_pad
-    BN: tl.constexpr = SPEC.activation_block
-    R: tl.constexpr = SPEC.expand_ranks
+    BN: tl.constexpr = SPEC.cut.activation_block
+    R: tl.constexpr = SPEC.cut.expand_ranks
     STEPS: tl.constexpr = SPEC.activation_steps
-    PARTS: tl.constexpr = SPEC.parts13
+    PARTS: tl.constexpr = SPEC.cut.parts13
     W: tl.constexpr = SPEC.v13_width
     dtype: tl.constexpr = h.dtype.element_ty
     begin = tl.program_id(1) * STEPS * BN + tl.arange(0, BN)
@@ -307,7 +307,7 @@ def activate_kernel(
         i = tl.arange(0, ROWS)
         there = i + row < count
         shrunk = tl.zeros((ROWS, R), tl.float32)
-        to = v2 + ((first + row + i).to(tl.int64) * SPEC.activation_parts + tl.program_id(1))[:, None] * SPEC.max_rank
+        to = v2 + ((first + row + i).to(tl.int64) * SPEC.cut.parts2 + tl.program_id(1))[:, None] * SPEC.max_rank
         for step in tl.range(0, STEPS, num_stages=1):
             column = begin + step * BN
             now_gate_b, now_up_b, now_a = gate_b, up_b, a
@@ -343,10 +343,10 @@ def _expand2(v, delta, b, ranks, scale, segment, block, SPEC: tl.constexpr, MORE
     _, first, count, _ = segment
     N: tl.constexpr = SPEC.hidden
     BN: tl.constexpr = EXPAND
-    STEPS: tl.constexpr = (N + BN * SPEC.expand_blocks - 1) // (BN * SPEC.expand_blocks)
-    PARTS: tl.constexpr = SPEC.activation_parts
+    STEPS: tl.constexpr = (N + BN * SPEC.cut.expand_blocks - 1) // (BN * SPEC.cut.expand_blocks)
+    PARTS: tl.constexpr = SPEC.cut.parts2
     W: tl.constexpr = SPEC.max_rank
-    R: tl.constexpr = SPEC.expand_ranks
+    R: tl.constexpr = SPEC.cut.expand_ranks
     dtype: tl.constexpr = delta.dtype.element_ty
     v += first.to(tl.int64) * (PARTS * W)
     held = _parted(v, 0, ranks, count, PARTS, W, R)
@@ -366,16 +366,16 @@ def _expand2(v, delta, b, ranks, scale, segment, block, SPEC: tl.constexpr, MORE
 @triton.jit
 def expand2(program, v, delta, tables, held, SPEC: tl.constexpr):
     """delta = scaling * B2 v of one segment, for one block of columns."""
-    expert, first, count, slot = _segment(program // SPEC.expand_blocks, held, SPEC)
+    expert, first, count, slot = _segment(program // SPEC.cut.expand_blocks, held, SPEC)
     has = _has(count, slot, SPEC)
     b2 = _factor(tables, slot, expert, has, SPEC, B2)
     ranks = _of_projection(tables[2], slot, expert, has, SPEC, DOWN)
     scale = _of_projection(tables[4], slot, expert, has, SPEC, DOWN)
     if ranks > 0:
-        block = program % SPEC.expand_blocks
+        block = program % SPEC.cut.expand_blocks
         for row in tl.range(0, count, ROWS, num_stages=1):
             segment = (expert, first + row, count - row, slot)
-            if SPEC.max_rank <= SPEC.expand_ranks:
+            if SPEC.max_rank <= SPEC.cut.expand_ranks:
                 _expand2(v, delta, b2, ranks, scale, segment, block, SPEC, False)
             else:
                 _expand2(v, delta, b2, ranks, scale, segment, block, SPEC, True)

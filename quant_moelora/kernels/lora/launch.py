@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from quant_moelora.core.activations import Activation
 from quant_moelora.core.errors import AdapterError
 from quant_moelora.core.lora_context import MoELoRAContext
 from quant_moelora.kernels.common.launch import is_interpreted, launch, overlaps
-from quant_moelora.kernels.lora.spec import LoRASpec, choose_cut
+from quant_moelora.kernels.lora.spec import Cut, LoRASpec, choose_cut
 from quant_moelora.kernels.moe_sum.launch import Deltas
 
 Buffers = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
@@ -94,7 +94,7 @@ class LoRAForward:
     rows: Tensor | None  # (P,) int32
     segments: Tensor | None  # (T, 4) int32
     v13: Tensor  # (P, parts13, 2 * max_rank) float32
-    v2: Tensor  # (P, activation_parts, max_rank) float32
+    v2: Tensor  # (P, parts2, max_rank) float32
     delta: Tensor  # (P, H)
 
     @staticmethod
@@ -108,8 +108,12 @@ class LoRAForward:
         rows: Tensor | None,  # (P,) int32, pair of each sorted row; None where rows are pairs
         segments: Tensor | None,  # (T, 4) int32 of the plan; None where rows are pairs
         buffers: Buffers,
+        cut: Cut | None = None,
     ) -> LoRAForward:
         """A forward with at least one pair; ``buffers`` makes a tensor by name, shape and dtype, as `Workspace` does.
+
+        Args:
+            cut: how the work is cut; None for what `choose_cut` makes of it.
 
         Raises:
             AdapterError: the adapters are of another dtype than x.
@@ -124,7 +128,8 @@ class LoRAForward:
         pairs, hidden = topk_ids.numel(), x.shape[1]
         slots_of, _, experts = tables.rank.shape
         sizes = (experts, slots_of, topk_ids.shape[1], hidden, tables.max_rank)
-        spec = _spec(pairs, segments is None, sizes, facts, overlaps(x.device), is_interpreted(x.device))
+        cut = cut or choose_cut(pairs, experts, hidden, facts.inter_pad, tables.max_rank)
+        spec = _spec(cut, segments is None, sizes, facts, overlaps(x.device), is_interpreted(x.device))
         return LoRAForward(
             spec,
             tables,
@@ -133,8 +138,8 @@ class LoRAForward:
             slots,
             rows,
             segments,
-            v13=buffers("lora_v13", (pairs, spec.parts13, spec.v13_width), torch.float32),
-            v2=buffers("lora_v2", (pairs, spec.activation_parts, spec.max_rank), torch.float32),
+            v13=buffers("lora_v13", (pairs, spec.cut.parts13, spec.v13_width), torch.float32),
+            v2=buffers("lora_v2", (pairs, spec.cut.parts2, spec.max_rank), torch.float32),
             delta=buffers("lora_delta", (pairs, hidden), x.dtype),
         )
 
@@ -152,12 +157,12 @@ class LoRAForward:
     ) -> Rider:
         """v13 = A13 x."""
         spec = self.spec
-        programs = self._places * spec.rank_blocks13 * spec.parts13
+        programs = self._places * spec.rank_blocks13 * spec.cut.parts13
         return Rider(True, programs, spec, (x, x.stride(0), self.rows, self.v13, self.tables[:5], self._held))
 
     def expand_rider(self) -> Rider:
         """delta = scaling * B2 v2."""
-        programs = self._places * self.spec.expand_blocks
+        programs = self._places * self.spec.cut.expand_blocks
         return Rider(False, programs, self.spec, (self.v2, self.delta, self.tables[:5], self._held))
 
     def activate(
@@ -172,7 +177,7 @@ class LoRAForward:
         spec = replace(self.spec, gemm_parts=parts)
         launch(
             activate_kernel,
-            (self._places, spec.activation_parts),
+            (self._places, spec.cut.parts2),
             h,
             gate_up,
             gate_up.stride(0) if parts > 1 else 0,
@@ -197,9 +202,9 @@ class LoRAForward:
 
 @functools.lru_cache(maxsize=1 << 12)  # a forward asks, and has no time for it
 def _spec(
-    num_pairs: int, direct: bool, sizes: tuple[int, int, int, int, int], facts: LayerFacts, overlap: bool, plain: bool
+    cut: Cut, direct: bool, sizes: tuple[int, int, int, int, int], facts: LayerFacts, overlap: bool, plain: bool
 ) -> LoRASpec:
-    """The spec of forwards with so many pairs; sizes are E, slots, k, H and the largest rank."""
+    """The spec of forwards that are cut alike; sizes are E, slots, k, H and the largest rank."""
     num_experts, num_slots, top_k, hidden, max_rank = sizes
     function = facts.activation
     return LoRASpec(
@@ -216,10 +221,10 @@ def _spec(
         limit=function.limit or 0.0,
         weighted=facts.weigh_input,
         max_rank=max_rank,
+        cut=cut,
         gemm_parts=1,
         overlap=overlap,
         plain=plain,
-        **asdict(choose_cut(num_pairs, num_experts, hidden, facts.inter_pad, max_rank)),
     )
 
 

@@ -10,10 +10,33 @@ from quant_moelora.core.routing import SEGMENT_ROWS
 # many, since fewer would leave some idle where there are few segments (benchmarks/NOTES.md, "LoRA").
 _AT_A_TIME, _ACTIVATIONS = 528, 1056
 _OF_AN_EXPERT = 2  # segments, as far as one can know without looking at the adapters, beside those that are full
-_LEAST_COLUMNS = 256  # of x that a program shrinks, below which reading its part costs more than it brings
+# Columns of x that a program shrinks, below which what its part costs those that sum it up is more than it brings: with
+# 512 instead of 256 Qwen3-30B-A3B at 8 tokens took 56.7 us, and 60.3.
+_LEAST_COLUMNS = 512
 # Columns of h at once, all of which each warp of the second shrink has in its registers, so that few are better; and
 # columns of the second expand at once.
 _ACTIVATION_BLOCK, EXPAND_BLOCK = 128, 128
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the work on a segment is cut.
+
+    Attributes:
+        shrink_ranks: rows of A13 of a program of the first shrink.
+        parts13: programs that share the columns of x.
+        parts2: programs that share the columns of h, and parts of v = A2 h.
+        expand_ranks: ranks that an expand, and the second shrink, take at once.
+        activation_block: columns of h that are computed at once.
+        expand_blocks: programs that share the columns of B2.
+    """
+
+    shrink_ranks: int
+    parts13: int
+    parts2: int
+    expand_ranks: int
+    activation_block: int
+    expand_blocks: int
 
 
 @dataclass(frozen=True)
@@ -34,12 +57,7 @@ class LoRASpec:
         limit: of the activation, or 0.
         weighted: whether the router's weight multiplies gate_up.
         max_rank: columns of v = A2 h, and half of those of v = A13 x.
-        shrink_ranks: rows of A13 of a program of the first shrink.
-        parts13: programs that share the columns of x.
-        expand_ranks: ranks that an expand, and the second shrink, take at once.
-        activation_block: columns of h that are computed at once.
-        activation_steps: blocks of a program.
-        expand_blocks: programs that share the columns of B2.
+        cut: how the work is cut.
         gemm_parts: partial sums that gate_up is in.
         overlap: whether kernels may be launched while the one before still runs.
         plain: whether there is no inline assembly, for the interpreter, which knows none.
@@ -58,12 +76,7 @@ class LoRASpec:
     limit: float
     weighted: bool
     max_rank: int
-    shrink_ranks: int
-    parts13: int
-    expand_ranks: int
-    activation_block: int
-    activation_steps: int
-    expand_blocks: int
+    cut: Cut
     gemm_parts: int
     overlap: bool
     plain: bool
@@ -76,24 +89,12 @@ class LoRASpec:
     @property
     def rank_blocks13(self) -> int:
         """Programs that share the rows of A13."""
-        return -(-self.v13_width // self.shrink_ranks)
+        return -(-self.v13_width // self.cut.shrink_ranks)
 
     @property
-    def activation_parts(self) -> int:
-        """Programs that share the columns of h, and parts of v = A2 h."""
-        return -(-self.inter_pad // (self.activation_block * self.activation_steps))
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How the work on a segment is cut; members as of `LoRASpec`."""
-
-    shrink_ranks: int
-    parts13: int
-    expand_ranks: int
-    activation_block: int
-    activation_steps: int
-    expand_blocks: int
+    def activation_steps(self) -> int:
+        """Blocks of columns of a program of the activation."""
+        return -(-self.inter_pad // (self.cut.activation_block * self.cut.parts2))
 
 
 def choose_cut(num_pairs: int, num_experts: int, hidden: int, inter_pad: int, max_rank: int) -> Cut:
@@ -113,20 +114,33 @@ def choose_cut(num_pairs: int, num_experts: int, hidden: int, inter_pad: int, ma
     segments = min(num_pairs, _OF_AN_EXPERT * num_experts + num_pairs // SEGMENT_ROWS)
     segments = 1 << (segments - 1).bit_length()
     shrink_ranks = _power_of_two(2 * max_rank, 16, 32)
-    programs = segments * -(-2 * max_rank // shrink_ranks)
-    parts13 = _parts(programs, hidden // _LEAST_COLUMNS)
-    blocks = -(-inter_pad // _ACTIVATION_BLOCK)
     expand_ranks = _power_of_two(max_rank, 16, 32)
+    blocks = -(-inter_pad // _ACTIVATION_BLOCK)
     # A program sums up its blocks' parts of v in registers, of as many ranks as it takes at once.
     parts2 = min(blocks, -(-_ACTIVATIONS // segments)) if max_rank <= expand_ranks else blocks
     return Cut(
         shrink_ranks=shrink_ranks,
-        parts13=parts13,
+        parts13=_parts(segments * -(-2 * max_rank // shrink_ranks), hidden // _LEAST_COLUMNS),
+        parts2=-(-blocks // -(-blocks // parts2)),  # so that none is empty
         expand_ranks=expand_ranks,
         activation_block=_ACTIVATION_BLOCK,
-        activation_steps=-(-blocks // parts2),
         expand_blocks=_parts(2 * segments, -(-hidden // EXPAND_BLOCK)),  # whose loads are ahead of their use
     )
+
+
+def rank_class(max_rank: int) -> int:
+    """The next power of two, at least 16: ranks that are cut alike."""
+    return _power_of_two(max_rank, 16, 1 << 30)
+
+
+def cut_faults(cut: Cut) -> list[str]:
+    """Why a cut cannot be launched; empty if it can."""
+    rules = {
+        "shrink_ranks and expand_ranks are 16 or 32": {cut.shrink_ranks, cut.expand_ranks} <= {16, 32},
+        "activation_block is 64 or 128": cut.activation_block in (64, 128),
+        "parts13, parts2 and expand_blocks are at least 1": min(cut.parts13, cut.parts2, cut.expand_blocks) >= 1,
+    }
+    return [rule for rule, kept in rules.items() if not kept]
 
 
 def _parts(programs: int, most: int) -> int:
