@@ -21,6 +21,7 @@ from quant_moelora.experts.base_injection import BaseInjection
 from quant_moelora.experts.registry import AUTO, select_backend
 from quant_moelora.kernels.grouped_gemm.table import tuned_folder
 from quant_moelora.lora.injection import LoRAInjection
+from quant_moelora.probe import check_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,11 @@ class MoEExperts(nn.Module):
 
     Args:
         info: the experts' weights.
-        backend: name of a registered backend, or ``auto`` for the first one that serves.
+        backend: name of a registered backend; ``auto`` for what QUANT_MOELORA_BACKEND names, or else the first one that
+            serves; or a backend of one's own, which is tried on a small layer first (`check_adapters`).
         tuned_configs: folder with tables of `quant-moelora tune`, which a backend with tiles reads on its first
             forward, before those that are shipped; None for what QUANT_MOELORA_TUNED_CONFIGS names, if it does.
+        workspace: buffers that other layers on its device use too, one after the other; otherwise it has its own.
 
     Raises:
         FormatError: there is no such folder; on the first forward, a file in it is no table.
@@ -43,10 +46,15 @@ class MoEExperts(nn.Module):
     """
 
     def __init__(
-        self, info: MoEQuantInfo, backend: str = AUTO, tuned_configs: str | os.PathLike[str] | None = None
+        self,
+        info: MoEQuantInfo,
+        backend: str | ExpertsBackend = AUTO,
+        tuned_configs: str | os.PathLike[str] | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         super().__init__()
-        self.backend_name = backend
+        self._choice = backend
+        self._shared = workspace
         self.tuned_configs = tuned_folder(tuned_configs)
         self._captured_without_lora = False
         self._set_info(info)
@@ -118,13 +126,17 @@ class MoEExperts(nn.Module):
         Compiled code leaves its graph for it, once. With ``fullgraph=True`` that is an error: call this before.
 
         Raises:
-            BackendError: no backend serves the dtype.
+            BackendError: no backend serves the dtype, or one of one's own does not serve adapters.
         """
-        selection = select_backend(self.backend_name, self.info, self.info.device, dtype)
-        logger.log(logging.INFO if self.backend_name == AUTO else logging.DEBUG, "%s", selection.report)
+        info, choice = self.info, self._choice
+        selection = select_backend(choice, info, info.device, dtype)
+        logger.log(logging.INFO if choice == AUTO else logging.DEBUG, "%s", selection.report)
+        if not isinstance(choice, str):
+            check_adapters(choice, info, dtype)
         self._backend = selection.backend
-        self._prepared = selection.backend.prepare(self.info, dtype, self.tuned_configs)
-        self._workspace = selection.backend.workspace(self.info)
+        self._prepared = selection.backend.prepare(info, dtype, self.tuned_configs)
+        shared = self._shared if self._shared is not None and self._shared.device == info.device else None
+        self._workspace = shared or selection.backend.workspace(info)
         if self._prepared.lossy:
             logger.warning("experts in %s: %s", dtype, self._prepared.lossy)
 

@@ -15,6 +15,7 @@ from quant_moelora.core.errors import AdapterError, BackendError, ShapeError
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
 from quant_moelora.core.scheme import QuantScheme
+from quant_moelora.core.workspace import Workspace
 from quant_moelora.experts import registry
 from quant_moelora.experts.reference import ReferenceBackend
 from quant_moelora.layer import MoEExperts
@@ -296,6 +297,23 @@ class TestForward:
                 answers.append((out, fresh(*arguments, adapter_ids=slots)))
         assert all(same_bits(got, want) for got, want in answers)
         assert all(got.isfinite().all() for got, _ in answers)
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+    def test_layers_share_a_workspace(self, mode: Any) -> None:
+        """One after the other, with adapters and batches of their own, in the memory of the largest."""
+        shared = Workspace(torch.device("cpu"))
+        layers = [MoEExperts(build().info, workspace=shared) for _ in range(2)]
+        apart = [MoEExperts(experts.info) for experts in layers]
+        for experts in (*layers, *apart):
+            experts.attach(context(experts.info, two_adapters(experts.info), torch.float32))
+        with mode():
+            for count in (5, 9, 4):
+                for experts, own in zip(layers, apart, strict=True):
+                    arguments, slots = tokens(count), torch.randint(-1, 2, (count,))
+                    assert same_bits(experts(*arguments, adapter_ids=slots), own(*arguments, adapter_ids=slots))
+        held = [experts._workspace for experts in (*layers, *apart)]
+        assert held[0] is held[1] is shared and held[2] is not None and held[2] is not held[3]
+        assert shared.nbytes == held[2].nbytes
 
     def test_modes_take_turns(self) -> None:
         """A first forward under inference_mode (generate) must not spoil later ones under no_grad, nor training."""

@@ -15,6 +15,7 @@ ROWS = (
     {"core"},
     {"kernels", "loaders"},
     {"lora", "experts"},
+    {"probe"},
     {"layer"},
     {"distributed"},
     {"integrations"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +13,12 @@ from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
 from quant_moelora.core.weights import PackedWeight
 from quant_moelora.core.workspace import Workspace
+from quant_moelora.experts.gpu import kernel_reasons
 from quant_moelora.experts.marlin_op import MarlinLayer, marlin_experts, marlin_lora_experts
 from quant_moelora.kernels.dequant.prepare import LEAST_GROUP, prepare, regrouped
 from quant_moelora.kernels.grouped_gemm.choice import TileSource
 from quant_moelora.kernels.grouped_gemm.layer import LayerShape
 from quant_moelora.kernels.lora.launch import LoRATables
-
-_DTYPES = (torch.bfloat16, torch.float16)
-_LEAST_CAPABILITY = (8, 0)  # fma.rn.bf16x2 and cp.async
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,17 +36,7 @@ class MarlinBackend:
 
     def supports(self, info: MoEQuantInfo, device: torch.device, dtype: torch.dtype, *, lora: bool) -> Verdict:
         """Serve packed weights on a CUDA device in bfloat16 or float16."""
-        reasons: list[str] = []
-        if device.type != "cuda":
-            reasons.append(f"device {device} is no CUDA device")
-        elif not torch.cuda.is_available():
-            reasons.append(f"torch sees no CUDA device to be {device}")
-        elif (found := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
-            reasons.append(f"{device} has compute capability {found[0]}.{found[1]}, below 8.0")
-        if importlib.util.find_spec("triton") is None:
-            reasons.append("triton is not installed")
-        if dtype not in _DTYPES:
-            reasons.append(f"activation dtype {dtype} is not bfloat16 or float16")
+        reasons = kernel_reasons(device, dtype)
         for name, weight in (("w13", info.w13), ("w2", info.w2)):
             if not isinstance(weight, PackedWeight):
                 reasons.append(f"{name} is not quantised")

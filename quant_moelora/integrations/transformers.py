@@ -25,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
+from quant_moelora.core.workspace import Workspace
 from quant_moelora.experts.registry import AUTO, select_backend
 from quant_moelora.integrations.session import AdapterSession, with_adapter_names
 from quant_moelora.kernels.grouped_gemm.table import tuned_folder
@@ -203,12 +204,15 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         load, self.load = self.load, None  # the quantizer lives as long as the model, what it read need not
         load.check_shapes(model)
         pairs = zip(load.layers, load.backends, strict=True)
+        workspaces: dict[torch.device, Workspace] = {}
         for layer, backend in tqdm(pairs, desc="Packing experts", unit="layer", total=len(load.layers), disable=None):
             experts = model.get_submodule(layer.spec.module)
             block = model.get_submodule(layer.spec.module.rpartition(".")[0])
             assert isinstance(experts, FusedExperts)
             device = next(block.parameters()).device  # the router stands beside the experts
-            experts.moe = MoEExperts(load_layer(load.checkpoint, layer, device), backend, self.tuned_configs)
+            info = load_layer(load.checkpoint, layer, device)
+            shared = workspaces.setdefault(info.device, Workspace(info.device))
+            experts.moe = MoEExperts(info, backend, self.tuned_configs, shared)
         with torch.no_grad():
             for name, linear in load.linears.items():
                 weight = model.get_submodule(name).get_parameter("weight")

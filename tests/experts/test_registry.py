@@ -129,6 +129,21 @@ def test_report() -> None:
     assert Selection(chosen, {"b": Verdict()}).report == "experts backend b"
 
 
+def test_the_environment_names_what_auto_stands_for(info: MoEQuantInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, FakeBackend("a"), FakeBackend("b"), FakeBackend("c", ("no GPU",)))
+    monkeypatch.setenv("QUANT_MOELORA_BACKEND", "b")
+    assert select_backend("auto", info, CPU, torch.bfloat16).backend.name == "b"
+    assert select_backend("a", info, CPU, torch.bfloat16).backend.name == "a", "an argument says more"
+    monkeypatch.setenv("QUANT_MOELORA_BACKEND", "c")
+    with pytest.raises(BackendError, match=r"\(QUANT_MOELORA_BACKEND\): got c: no GPU"):
+        select_backend("auto", info, CPU, torch.bfloat16)
+    monkeypatch.setenv("QUANT_MOELORA_BACKEND", "marlni")
+    with pytest.raises(BackendError, match="QUANT_MOELORA_BACKEND: got 'marlni', expected auto or one of a, b, c"):
+        select_backend("auto", info, CPU, torch.bfloat16)
+    monkeypatch.setenv("QUANT_MOELORA_BACKEND", "")
+    assert select_backend("auto", info, CPU, torch.bfloat16).backend.name == "a"
+
+
 def test_verdict() -> None:
     assert Verdict().ok
     assert not Verdict(("no GPU",)).ok

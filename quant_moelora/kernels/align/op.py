@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,15 @@ from quant_moelora.kernels.grouped_gemm.choice import TileSource
 _LEAST_HEIGHT = 16  # of a tile with more rows, of which a routing needs the fewer
 
 
+_OUTPUTS = ("rows", "inverse", "expert_offsets", "segments", "tiles")
+
+
 def _results(
-    topk_ids: Tensor,  # as of `_compute`
+    topk_ids: Tensor,  # as of `compute` in `define_align`
     slots: Tensor | None,
     num_experts: int,
     num_slots: int,
-    shape: str,
-    tuned_configs: str,
+    *_: Any,
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     pairs = topk_ids.numel()
     segments = 0 if slots is None else num_segments(pairs, num_experts, num_slots)
@@ -30,47 +33,46 @@ def _results(
     return [(shape, torch.int32) for shape in shapes]
 
 
-def _compute(
-    topk_ids: Tensor,  # (M, k) int32 or int64
-    slots: Tensor | None,  # (M,) int32
-    num_experts: int,
-    num_slots: int,
-    shape: str,
-    tuned_configs: str,
-) -> Sequence[Tensor]:  # rows, inverse, expert_offsets, segments, tiles
-    """See `Plan`; the list of tiles is as long as that of the lowest ones."""
-    pairs = topk_ids.numel()
-    with torch.cuda.device_of(topk_ids):  # Triton launches on the current device, whichever the tensors are on
-        height = TileSource(shape, tuned_configs).tiles(max(1, pairs), topk_ids.device).bm
-        length = num_experts + pairs // _LEAST_HEIGHT
-        rows, inverse, offsets, segments, tiles = align_tensors(topk_ids, slots, num_experts, num_slots, height, length)
-    return rows, inverse, offsets, tiles.new_empty(0, 4) if segments is None else segments, tiles
+def define_align(name: str, source: str, height: Callable[..., int]) -> tuple[Any, Any]:
+    """Register an operator that makes the Plan of a routing and its list of tiles, and its twin.
+
+    Args:
+        name: name of the operator.
+        source: arguments from which the height of tiles follows, as a schema writes them; may be empty.
+        height: rows of a tile, from P (at least 1), E, the device and those arguments; asked inside the operator.
+    """
+
+    def compute(
+        topk_ids: Tensor,  # (M, k) int32 or int64
+        slots: Tensor | None,  # (M,) int32
+        num_experts: int,
+        num_slots: int,
+        *given: Any,
+    ) -> Sequence[Tensor]:  # rows, inverse, expert_offsets, segments, tiles
+        """See `Plan`; the list of tiles is as long as that of the lowest ones."""
+        pairs = topk_ids.numel()
+        with torch.cuda.device_of(topk_ids):  # Triton launches on the current device, whichever the tensors are on
+            high = height(max(1, pairs), num_experts, topk_ids.device, *given)
+            length = num_experts + pairs // _LEAST_HEIGHT
+            rows, inverse, offsets, segments, tiles = align_tensors(
+                topk_ids, slots, num_experts, num_slots, high, length
+            )
+        return rows, inverse, offsets, tiles.new_empty(0, 4) if segments is None else segments, tiles
+
+    def write(*arguments: Any) -> None:
+        given, results = arguments[: -len(_OUTPUTS)], arguments[-len(_OUTPUTS) :]
+        for held, made in zip(results, compute(*given), strict=True):
+            held.copy_(made)
+
+    arguments = "Tensor topk_ids, Tensor? slots, int num_experts, int num_slots"
+    return define(name, f"{arguments}, {source}" if source else arguments, _OUTPUTS, _results, write, compute)
 
 
-def _write(
-    topk_ids: Tensor,  # as of `_compute`
-    slots: Tensor | None,
-    num_experts: int,
-    num_slots: int,
-    shape: str,
-    tuned_configs: str,
-    *results: Tensor,
-) -> None:
-    for held, made in zip(
-        results, _compute(topk_ids, slots, num_experts, num_slots, shape, tuned_configs), strict=True
-    ):
-        held.copy_(made)
+def _height(num_pairs: int, num_experts: int, device: torch.device, shape: str, tuned_configs: str) -> int:
+    return TileSource(shape, tuned_configs).tiles(num_pairs, device).bm
 
 
-_OUTPUTS = ("rows", "inverse", "expert_offsets", "segments", "tiles")
-align, align_out = define(
-    "align",
-    f"Tensor topk_ids, Tensor? slots, int num_experts, int num_slots, {fields(TileSource)}",
-    _OUTPUTS,
-    _results,
-    _write,
-    _compute,
-)
+align, align_out = define_align("align", fields(TileSource), _height)
 
 
 def plan_of(routing: Routing, num_experts: int, source: TileSource) -> tuple[Plan, Tensor]:

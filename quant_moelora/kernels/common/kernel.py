@@ -17,3 +17,12 @@ def follow(OVERLAP: tl.constexpr):
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def swept(pid, nm, nn, GROUP: tl.constexpr):
+    """Row tile and column tile of a program: GROUP row tiles sweep over the columns together."""
+    first = pid // (GROUP * nn) * GROUP
+    height = tl.minimum(nm - first, GROUP)
+    within = pid % (GROUP * nn)
+    return first + within % height, within // height

@@ -11,18 +11,9 @@ import triton
 import triton.language as tl
 
 from quant_moelora.kernels.activation.kernel import gated
-from quant_moelora.kernels.common.kernel import follow
+from quant_moelora.kernels.common.kernel import follow, swept
 from quant_moelora.kernels.dequant.kernel import dequantize
 from quant_moelora.kernels.lora.kernel import expand2, shrink13
-
-
-@triton.jit
-def _swept(pid, nm, nn, GROUP: tl.constexpr):
-    """Row tile and column tile of a program: GROUP row tiles sweep over the columns together."""
-    first = pid // (GROUP * nn) * GROUP
-    height = tl.minimum(nm - first, GROUP)
-    within = pid % (GROUP * nn)
-    return first + within % height, within // height
 
 
 @triton.jit
@@ -193,7 +184,7 @@ def _tile(problem, pid, tiles, num_tiles, num_experts, SPEC: tl.constexpr):
     """The tile of a program."""
     BM: tl.constexpr = SPEC.tile.bm
     nn: tl.constexpr = SPEC.n // SPEC.tile.bn
-    pm, pn = _swept(pid, num_tiles, nn, SPEC.tile.group_m)
+    pm, pn = swept(pid, num_tiles, nn, SPEC.tile.group_m)
     if SPEC.direct:
         expert = tl.load(tiles + pm).to(tl.int64)
         if (expert >= 0) & (expert < num_experts):
