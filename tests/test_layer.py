@@ -304,8 +304,10 @@ class TestForward:
         shared = Workspace(torch.device("cpu"))
         layers = [MoEExperts(build().info, workspace=shared) for _ in range(2)]
         apart = [MoEExperts(experts.info) for experts in layers]
-        for experts in (*layers, *apart):
-            experts.attach(context(experts.info, two_adapters(experts.info), torch.float32))
+        for pair in zip(layers, apart, strict=True):
+            ctx = context(pair[0].info, two_adapters(pair[0].info), torch.float32)
+            for experts in pair:
+                experts.attach(ctx)
         with mode():
             for count in (5, 9, 4):
                 for experts, own in zip(layers, apart, strict=True):

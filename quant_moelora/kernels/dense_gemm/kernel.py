@@ -1,7 +1,8 @@
 """The grouped GEMM of dense weights: each pair's row of x with its expert's weight.
 
-The weight is the left operand (out^T = W x^T), so that rows of x stand in the columns of the matrix unit's result, which
-may be as few as 16. On sm_90 the matrix unit reads both operands from shared memory, where asynchronous copies put them.
+The weight is the left operand (out^T = W x^T), so that rows of x stand in the columns of the matrix unit's result,
+which may be as few as 16. On sm_90 the matrix unit reads both operands from shared memory, where asynchronous copies
+put them.
 """
 
 # pyright: reportUntypedFunctionDecorator=false, reportUnknownParameterType=false, reportMissingParameterType=false
@@ -26,7 +27,7 @@ def _tile_of_x(x, offsets, held, column, left, SPEC: tl.constexpr, BM: tl.conste
 
 @triton.jit
 def _tile_of_w(w, offsets, column, left, SPEC: tl.constexpr, BM: tl.constexpr):
-    """bn rows of the weight, bk columns, of which ``left`` are there. Behind them x is not x: 0 there, not only in x."""
+    """bn rows of the weight, bk columns, of which ``left`` are there; 0 behind them, since NaN may stand there."""
     POLICY: tl.constexpr = "evict_first" if BM <= 32 else ""  # an expert with few rows is read once
     if SPEC.k % SPEC.tile.bk != 0:
         return tl.load(w + offsets, mask=(column < left)[None, :], other=0.0, eviction_policy=POLICY)
