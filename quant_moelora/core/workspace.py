@@ -50,8 +50,13 @@ class Workspace:
         self._last[name] = held[:numel].view(shape)
         return self._last[name]
 
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
+        """Let `last` return a tensor that an operator has made, or is about to fill."""
+        self._last[name] = tensor
+        return tensor
+
     def last(self, name: str) -> Tensor:
-        """The tensor that `buffer` last made under this name: how one step of a forward hands over to a later one."""
+        """What was last made or kept under this name: how one step of a forward hands over to a later one."""
         return self._last[name]
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from quant_moelora.core.lora_context import MoELoRAContext
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Plan, Routing
 from quant_moelora.core.workspace import Workspace
-from quant_moelora.kernels.lora.launch import Buffers, LayerFacts, LoRAForward, LoRATables, alone
+from quant_moelora.kernels.lora.launch import LayerFacts, LoRATables
+from quant_moelora.kernels.lora.op import LoRALayer, lora_activate_out, lora_moe_sum_out, lora_shrink13
 from quant_moelora.kernels.lora.reference import expand2, expand13, shrink2, shrink13
-from quant_moelora.kernels.moe_sum.launch import moe_sum as launched_moe_sum
 
 _V13 = "lora_v13"  # workspace buffer that carries v = x A13^T from `begin` to the activation
 _V2 = "lora_v2"
@@ -26,8 +26,8 @@ class LoRAInjection:
 
     The deltas are added in float32 to the values that the GEMMs stored, so that a row without an adapter is bitwise
     the row of the base. Built when adapters are attached, never in a forward. On a GPU, in bfloat16 and float16, the
-    closures launch fused kernels, which compute the base's activation and sum too; elsewhere they are plain torch
-    around the base's own callables.
+    closures call operators with fused kernels, which compute the base's activation and sum too; elsewhere they are
+    plain torch around the base's own callables.
     """
 
     ctx: MoELoRAContext | None
@@ -35,66 +35,59 @@ class LoRAInjection:
     moe_sum: MoeSumCallable
 
     def __init__(self, base: Injection, ctx: MoELoRAContext, info: MoEQuantInfo) -> None:
+        facts = LayerFacts(info.activation, info.intermediate_size, info.inter_pad, info.router_weight == "input")
         self.ctx = ctx
-        self._launches = _launches(ctx, info)
-        self.activation = _with_expand13(base.activation, ctx, self._launches)
-        self.moe_sum = _with_expand2(base.moe_sum, ctx, self._launches, weigh_input=info.router_weight == "input")
+        self._layer = LoRALayer(LoRATables.of(ctx), facts, info.hidden_size).arguments()
+        self.activation = _with_expand13(base.activation, ctx, self._layer)
+        self.moe_sum = _with_expand2(base.moe_sum, ctx, self._layer)
 
     def begin(self, x: Tensor, routing: Routing, plan: Plan, ws: Workspace) -> None:
         """Shrink x for gate and up together."""
         assert self.ctx is not None  # __init__
-        if plan.segments is None or not routing.num_pairs:
+        if _asks_for_none(routing, plan):
             return
         if _on_gpu(x):
-            alone(self._launches(x, routing, plan, ws.buffer).shrink_rider(x))
+            ws.keep(_V13, lora_shrink13(x, *_routed(routing, plan), *self._layer))
         else:
             shrink13(x, self.ctx, plan, routing.top_k, _buffer(ws, _V13, plan, self.ctx.v13_width))
 
 
-Launches = Callable[[Tensor, Routing, Plan, Buffers], LoRAForward]
+def _asks_for_none(routing: Routing, plan: Plan) -> bool:
+    """Whether no token can have an adapter."""
+    return routing.slots is None or plan.segments is None or not routing.num_pairs
 
 
-def _launches(ctx: MoELoRAContext, info: MoEQuantInfo) -> Launches:
-    """What makes the launches of a forward, from any tensor of its activation dtype and hidden size."""
-    tables = LoRATables.of(ctx)
-    facts = LayerFacts(info.activation, info.intermediate_size, info.inter_pad, info.router_weight == "input")
-
-    def make(x: Tensor, routing: Routing, plan: Plan, buffers: Buffers) -> LoRAForward:
-        ids, weights, slots = routing.topk_ids.contiguous(), routing.topk_weights.contiguous(), routing.slots
-        held = torch.full_like(ids[:, 0], -1, dtype=torch.int32) if slots is None else slots.contiguous()
-        return LoRAForward.new(x, tables, facts, ids, weights, held, plan.rows, plan.segments, buffers)
-
-    return make
+def _routed(routing: Routing, plan: Plan) -> tuple[Tensor, ...]:
+    """What operators take of a forward."""
+    assert routing.slots is not None and plan.segments is not None  # `_asks_for_none`
+    return routing.topk_ids, routing.topk_weights, routing.slots, plan.rows, plan.segments
 
 
-def _with_expand13(base: ActivationCallable, ctx: MoELoRAContext, launches: Launches) -> ActivationCallable:
-    """The base activation of gate_up + delta."""
+def _with_expand13(base: ActivationCallable, ctx: MoELoRAContext, layer: tuple[Any, ...]) -> ActivationCallable:
+    """The base activation of gate_up + delta; ``layer`` is what operators take of it."""
 
     def activation(x: Tensor, gate_up: Tensor, out: Tensor, routing: Routing, plan: Plan, ws: Workspace) -> Tensor:
-        if plan.segments is None or not routing.num_pairs:
+        if _asks_for_none(routing, plan):
             return base(x, gate_up, out, routing, plan, ws)
         if _on_gpu(x):
-            return launches(x, routing, plan, _last(ws)).activate(gate_up, out)
+            v2 = ws.keep(_V2, gate_up.new_empty(routing.num_pairs, v2_width, dtype=torch.float32))
+            lora_activate_out(gate_up, ws.last(_V13), *_routed(routing, plan), *layer, out, v2)
+            return out
         return base(x, expand13(ws.last(_V13), ctx, plan, gate_up.to(torch.float32, copy=True)), out, routing, plan, ws)
 
+    _, v2_width = LoRALayer.of(layer).v_widths()
     return activation
 
 
-def _with_expand2(
-    base: MoeSumCallable, ctx: MoELoRAContext, launches: Launches, *, weigh_input: bool
-) -> MoeSumCallable:
+def _with_expand2(base: MoeSumCallable, ctx: MoELoRAContext, layer: tuple[Any, ...]) -> MoeSumCallable:
     """The base sum of y + delta."""
 
     def moe_sum(h: Tensor, y: Tensor, out: Tensor, routing: Routing, plan: Plan, ws: Workspace) -> Tensor:
-        if plan.segments is None or not routing.num_pairs:
+        if _asks_for_none(routing, plan):
             return base(h, y, out, routing, plan, ws)
         if _on_gpu(out):
-            lora = launches(out, routing, plan, _last(ws))
-            alone(lora.expand_rider())
-            weights = None if weigh_input else lora.topk_weights
-            return launched_moe_sum(
-                y, lora.topk_ids, weights, plan.inverse, out, lora.deltas, num_experts=ctx.num_experts
-            )
+            lora_moe_sum_out(y, ws.last(_V2), plan.inverse, *_routed(routing, plan), *layer, out)
+            return out
         v = shrink2(h, ctx, plan, _buffer(ws, _V2, plan, ctx.v2_width))
         return base(h, expand2(v, ctx, plan, y.to(torch.float32, copy=True)), out, routing, plan, ws)
 
@@ -104,11 +97,6 @@ def _with_expand2(
 def _on_gpu(x: Tensor) -> bool:
     """Whether there are kernels for it."""
     return x.is_cuda and x.dtype in _LAUNCHED
-
-
-def _last(ws: Workspace) -> Buffers:
-    """The buffers that `begin` made."""
-    return lambda name, shape, dtype: ws.last(name)
 
 
 def _buffer(ws: Workspace, name: str, plan: Plan, width: int) -> Tensor:

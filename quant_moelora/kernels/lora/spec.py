@@ -128,6 +128,11 @@ def choose_cut(num_pairs: int, num_experts: int, hidden: int, inter_pad: int, ma
     )
 
 
+def most_parts(hidden: int, inter_pad: int) -> tuple[int, int]:
+    """Most parts of x, and of h, that `choose_cut` makes of these columns."""
+    return max(1, hidden // _LEAST_COLUMNS), -(-inter_pad // _ACTIVATION_BLOCK)
+
+
 def rank_class(max_rank: int) -> int:
     """The next power of two, at least 16: ranks that are cut alike."""
     return _power_of_two(max_rank, 16, 1 << 30)

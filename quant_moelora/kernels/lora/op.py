@@ -1,0 +1,165 @@
+"""The operators of LoRA beside any backend's products: `lora_shrink13`, `lora_activate` and `lora_moe_sum`.
+
+They are what the injection's closures call on a GPU. v goes from one to the next in memory for the most parts that
+there may be, since how many there are depends on the number of pairs, which `torch.compile` leaves open.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core.activations import Activation
+from quant_moelora.kernels.common.library import define, fields
+from quant_moelora.kernels.lora.launch import LayerFacts, LoRAForward, LoRATables, alone
+from quant_moelora.kernels.lora.spec import most_parts
+from quant_moelora.kernels.moe_sum.launch import moe_sum
+
+
+class LoRALayer(NamedTuple):
+    """What the operators need of a layer and its adapters.
+
+    Attributes:
+        tables: of the context.
+        facts: of the layer.
+        hidden: H.
+    """
+
+    tables: LoRATables
+    facts: LayerFacts
+    hidden: int
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The operators' last arguments."""
+        function, inter, inter_pad, weigh_input = self.facts
+        name, gated, alpha, limit = function.name, function.gated, function.alpha, function.limit
+        return (*self.tables, name, gated, alpha, limit, inter, inter_pad, weigh_input, self.hidden)
+
+    @staticmethod
+    def of(arguments: tuple[Any, ...]) -> LoRALayer:
+        """Inverse of `arguments`."""
+        count = len(LoRATables._fields)
+        name, gated, alpha, limit, inter, inter_pad, weigh_input, hidden = arguments[count:]
+        facts = LayerFacts(Activation(name, gated, alpha, limit), inter, inter_pad, weigh_input)
+        return LoRALayer(LoRATables(*arguments[:count]), facts, hidden)
+
+    def v_widths(self) -> tuple[int, int]:
+        """Elements of a row of v13, and of v2, for the most parts."""
+        parts13, parts2 = most_parts(self.hidden, self.facts.inter_pad)
+        return parts13 * 2 * self.tables.max_rank, parts2 * self.tables.max_rank
+
+
+_LAYER = f"{fields(LoRATables)}, str activation, bool gated, float? alpha, float? limit, int inter, int inter_pad, " + (
+    "bool weigh_input, int hidden"
+)
+_ROUTED = "Tensor topk_ids, Tensor topk_weights, Tensor slots, Tensor rows, Tensor segments"
+_V13, _V2 = "lora_v13", "lora_v2"
+
+
+def _forward(
+    given: Tensor,  # any shape, of the activation dtype
+    routed: tuple[Tensor, ...],  # topk_ids, topk_weights, slots, rows and segments, as of `LoRAForward`
+    lora: LoRALayer,
+    held: dict[str, Tensor],  # (P, of `v_widths`) float32, by name
+) -> LoRAForward:
+    """The launches of a forward with at least one pair.
+
+    Raises:
+        AdapterError: the adapters are of another dtype than ``given``.
+    """
+    ids, weights, slots, rows, segments = routed
+    like = given.new_empty(0, lora.hidden)
+
+    def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if name in (_V13, _V2):  # of one that a step neither reads nor writes there need be none
+            return held[name].view(-1)[: math.prod(shape)].view(shape) if name in held else like
+        return like.new_empty(shape, dtype=dtype)
+
+    return LoRAForward.new(
+        like,
+        lora.tables,
+        lora.facts,
+        ids.contiguous(),
+        weights.contiguous(),
+        slots.contiguous(),
+        rows,
+        segments,
+        buffer,
+    )
+
+
+def _shrink_results(x: Tensor, ids: Tensor, *rest: Any) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    lora = LoRALayer.of(rest[4:])
+    return [((ids.numel(), lora.v_widths()[0]), torch.float32)]
+
+
+def _shrink(
+    x: Tensor,  # (M, H) of the arena's dtype
+    *arguments: Any,  # _ROUTED, _LAYER, and v13 to fill
+) -> None:
+    """Parts of A13 x, by sorted row."""
+    *rest, v13 = arguments
+    if rest[0].numel():
+        with torch.cuda.device_of(x):  # Triton launches on the current device, whichever the tensors are on
+            forward = _forward(x, tuple(rest[:5]), LoRALayer.of(tuple(rest[5:])), {_V13: v13})
+            alone(forward.shrink_rider(x.contiguous()))
+
+
+def _activate_results(
+    gate_up: Tensor, v13: Tensor, ids: Tensor, *rest: Any
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    lora, pairs = LoRALayer.of(rest[4:]), ids.numel()
+    return [((pairs, lora.facts.inter_pad), lora.tables.arena.dtype), ((pairs, lora.v_widths()[1]), torch.float32)]
+
+
+def _activate(
+    gate_up: Tensor,  # (P, halves*inter_pad) of the arena's dtype, in sorted order
+    v13: Tensor,  # of `lora_shrink13`
+    *arguments: Any,  # _ROUTED, _LAYER, and h (P, inter_pad) and v2 to fill
+) -> None:
+    """h = act(gate_up + scaling * B13 v13), and parts of A2 h."""
+    *rest, h, v2 = arguments
+    if rest[0].numel():
+        with torch.cuda.device_of(gate_up):
+            forward = _forward(gate_up, tuple(rest[:5]), LoRALayer.of(tuple(rest[5:])), {_V13: v13, _V2: v2})
+            forward.activate(gate_up.contiguous(), h)
+
+
+def _sum_results(
+    y: Tensor, v2: Tensor, inverse: Tensor, ids: Tensor, *rest: Any
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    return [((ids.shape[0], LoRALayer.of(rest[4:]).hidden), y.dtype)]
+
+
+def _sum(
+    y: Tensor,  # (P, H) of the arena's dtype, in sorted order
+    v2: Tensor,  # of `lora_activate`
+    inverse: Tensor,  # (P,) int32, of the plan
+    *arguments: Any,  # _ROUTED, _LAYER, and out (M, H) to fill
+) -> None:
+    """Weighted sum of y + scaling * B2 v2 over the pairs of each token."""
+    *rest, out = arguments
+    lora = LoRALayer.of(tuple(rest[5:]))
+    if not rest[0].numel():
+        out.zero_()
+        return
+    with torch.cuda.device_of(y):
+        forward = _forward(y, tuple(rest[:5]), lora, {_V2: v2})
+        alone(forward.expand_rider())
+        weights = None if lora.facts.weigh_input else forward.topk_weights
+        experts = lora.tables.rank.shape[2]
+        moe_sum(y.contiguous(), forward.topk_ids, weights, inverse, out, forward.deltas, num_experts=experts)
+
+
+lora_shrink13, lora_shrink13_out = define(
+    "lora_shrink13", f"Tensor x, {_ROUTED}, {_LAYER}", ("v13",), _shrink_results, _shrink
+)
+lora_activate, lora_activate_out = define(
+    "lora_activate", f"Tensor gate_up, Tensor v13, {_ROUTED}, {_LAYER}", ("h", "v2"), _activate_results, _activate
+)
+lora_moe_sum, lora_moe_sum_out = define(
+    "lora_moe_sum", f"Tensor y, Tensor v2, Tensor inverse, {_ROUTED}, {_LAYER}", ("out",), _sum_results, _sum
+)
