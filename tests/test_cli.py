@@ -31,7 +31,8 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "quant_moelora" / "data" / "demo"
 MODEL = str(DEMO / "model")
 ADAPTERS = [f"--adapter={name}={DEMO / 'adapters' / name}" for name in ("a", "b")]
-NO_CUDA = "device cpu is no CUDA device"  # what marlin says where there is none
+NO_CUDA = [] if torch.cuda.is_available() else ["device cpu is no CUDA device"]  # what backends with kernels say
+QUANTISED = ["w13 is quantised", "w2 is quantised"]
 PROMPT = "t69 t250 t133"
 LAYER_FIELDS = {
     "layers",
@@ -126,7 +127,7 @@ def test_inspect_json(command: Command) -> None:
         "scheme": "w4a16_g32_asym",
         "formats": dict.fromkeys(("gate", "up", "down"), "gptq w4a16_g32_asym"),
         "packed_bytes": packed,
-        "backends": {"marlin": [] if torch.cuda.is_available() else [NO_CUDA], "cpu": [], "reference": []},
+        "backends": {"marlin": NO_CUDA, "unquantized": NO_CUDA + QUANTISED, "cpu": [], "reference": []},
     }
 
 
@@ -151,11 +152,10 @@ def test_inspect_json_of_every_golden_checkpoint(command: Command, golden: Path,
     assert layer.keys() == LAYER_FIELDS
     assert (layer["scheme"], layer["layers"], found["quantized_linears"]) == (scheme, layers, linears)
     against = layer["backends"]
-    assert against.keys() == {"marlin", "cpu", "reference"} and against["reference"] == []
-    assert (NO_CUDA in against["marlin"]) is not torch.cuda.is_available()
+    assert against.keys() == {"marlin", "unquantized", "cpu", "reference"} and against["reference"] == []
     unquantised = [f"{name} is not quantised" for name in ("w13", "w2")]
     assert [reason for reason in against["marlin"] if reason.endswith("quantised")] == unquantised * (scheme == "none")
-    assert against["cpu"] == unquantised * (scheme == "none")
+    assert against["marlin"][: len(NO_CUDA)] == NO_CUDA and against["cpu"] == unquantised * (scheme == "none")
 
 
 def edited(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SLOW = {"test_compile.py", "test_lora.py", "test_marlin.py"}  # about half of the time
+SLOW = {"test_compile.py", "test_dense_gemm.py", "test_lora.py", "test_marlin.py"}  # about half of the time
 
 
 def release(package: str) -> tuple[int, ...]:

@@ -16,10 +16,11 @@ from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.experts.cpu import CpuBackend
 from quant_moelora.experts.marlin import MarlinBackend
 from quant_moelora.experts.reference import ReferenceBackend
+from quant_moelora.experts.unquantized import UnquantizedBackend
 
 AUTO = "auto"
 VARIABLE = "QUANT_MOELORA_BACKEND"  # what auto stands for, if it is set
-BACKENDS: tuple[ExpertsBackend, ...] = (MarlinBackend(), CpuBackend(), ReferenceBackend())
+BACKENDS: tuple[ExpertsBackend, ...] = (MarlinBackend(), UnquantizedBackend(), CpuBackend(), ReferenceBackend())
 
 
 @dataclass(frozen=True)

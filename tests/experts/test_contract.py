@@ -16,7 +16,7 @@ from quant_moelora.core.backend import ExpertsBackend
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
 from quant_moelora.core.scheme import QuantScheme
-from quant_moelora.core.weights import PackedWeight
+from quant_moelora.core.weights import DenseWeight, PackedWeight
 from quant_moelora.experts.registry import BACKENDS
 from quant_moelora.layer import MoEExperts
 from tests.builders import (
@@ -52,6 +52,8 @@ SCHEME = pytest.mark.parametrize(
         *(pytest.param(dtype, False, id=str(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
     ],
 )
+
+KIND = pytest.mark.parametrize("quant", [scheme(4, 32), torch.bfloat16], ids=["int4", "none"])
 
 # E, H, I, tokens, k
 DIMS = pytest.mark.parametrize(
@@ -106,6 +108,7 @@ def serve_or_skip(backend: ExpertsBackend, info: MoEQuantInfo, device: torch.dev
     serves = {
         "reference": True,
         "cpu": device.type == "cpu" and isinstance(info.w13, PackedWeight),
+        "unquantized": device.type == "cuda" and dtype != torch.float32 and isinstance(info.w13, DenseWeight),
         "marlin": device.type == "cuda" and dtype != torch.float32 and isinstance(info.w13, PackedWeight),
     }
     assert verdict.ok == serves.get(backend.name, verdict.ok), verdict.reasons
@@ -242,16 +245,17 @@ def test_a_mixed_batch(
 
 @BACKEND
 @ACTIVATION_DTYPES
+@KIND
 @pytest.mark.parametrize("count", [1, 2], ids=["1 thread", "2 threads"])
 def test_a_row_does_not_depend_on_its_place(
-    backend: ExpertsBackend, dtype: torch.dtype, count: int, device: torch.device
+    backend: ExpertsBackend, quant: QuantScheme | torch.dtype, dtype: torch.dtype, count: int, device: torch.device
 ) -> None:
     """Adapters order the pairs of an expert otherwise, and a GEMM may sum up its last rows in another way.
 
     MKL does with two threads: without the sort in the reference, two of three such batches differ.
     """
     for _ in range(5):
-        case = make(backend, scheme(4, 32), dtype, (4, 128, 64, 9, 2), device)
+        case = make(backend, quant, dtype, (4, 128, 64, 9, 2), device)
         slots = torch.randint(-1, 3, (9,), dtype=torch.int32)
         with threads(count):
             base = case.run()
@@ -347,9 +351,12 @@ def test_deltas_are_added_in_float32(backend: ExpertsBackend, dtype: torch.dtype
 
 
 @BACKEND
-def test_tokens_without_an_expert(backend: ExpertsBackend, device: torch.device) -> None:
+@KIND
+def test_tokens_without_an_expert(
+    backend: ExpertsBackend, quant: QuantScheme | torch.dtype, device: torch.device
+) -> None:
     """They are 0, NaN in x or not, with and without an adapter, and disturb nobody."""
-    case = make(backend, scheme(4, 32), torch.bfloat16, (3, 64, 64, 6, 2), device)
+    case = make(backend, quant, torch.bfloat16, (3, 64, 64, 6, 2), device)
     case.routing.topk_ids[:] = torch.tensor([[0, 1], [-1, 3], [2, -1], [99, -5], [3, 0], [-1, -1]])
     clean = case.run()
     x = case.x.clone()
@@ -362,9 +369,10 @@ def test_tokens_without_an_expert(backend: ExpertsBackend, device: torch.device)
 
 
 @BACKEND
+@KIND
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
-def test_no_tokens(backend: ExpertsBackend, lora: bool, device: torch.device) -> None:
-    case = make(backend, scheme(4, 32), torch.bfloat16, (3, 64, 64, 6, 2), device)
+def test_no_tokens(backend: ExpertsBackend, quant: QuantScheme | torch.dtype, lora: bool, device: torch.device) -> None:
+    case = make(backend, quant, torch.bfloat16, (3, 64, 64, 6, 2), device)
     case.attach(three_adapters(case.built.info, torch.bfloat16))
     slots = torch.zeros(6, dtype=torch.int32) if lora else None
     assert case.run(slots=slots, tokens=slice(0)).shape == (0, 64)

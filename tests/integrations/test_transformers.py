@@ -320,7 +320,9 @@ def test_device_maps_of_one_device(device_map: Any) -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(BackendError, match=r"backend: got 'merlin', expected auto or one of marlin, cpu, reference;"):
+    with pytest.raises(
+        BackendError, match=r"backend: got 'merlin', expected auto or one of marlin, unquantized, cpu, reference;"
+    ):
         load("demo", backend="merlin")
 
 

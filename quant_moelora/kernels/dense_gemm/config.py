@@ -52,7 +52,8 @@ def choose_tile(num_pairs: int, num_experts: int, n: int, k: int, capability: tu
 
     It must not depend on adapters: rows without one are bitwise those of the base model. Not measured yet: few rows are
     cut so that two programs a multiprocessor have 100 KB and more of the weight in flight, many rows as is usual for
-    dense products. Low heights need no more than the 99 KB of a block on sm_86, sm_89 and sm_120.
+    dense products. All but the highest tiles of sm_90 and sm_100
+    fit the 99 KB of a block on sm_86, sm_89 and sm_120.
 
     Args:
         num_pairs: P, at least 1.
@@ -69,10 +70,14 @@ def choose_tile(num_pairs: int, num_experts: int, n: int, k: int, capability: tu
     if bm < 128:
         return Tile(bm, bn, 64, stages=4, group_m=bm // 32)
     if sync:  # operands pass through registers, and there may be no room for more in shared memory
-        return Tile(bm, bn, 64, warps=8, stages=3, group_m=4)
-    return Tile(bm, 256 if n % 256 == 0 else bn, 64, warps=8, stages=4, group_m=4)
+        return Tile(bm, bn, 64, warps=bn // 16, stages=3, group_m=4)
+    bn = 256 if n % 256 == 0 else bn
+    return Tile(bm, bn, 64, warps=min(8, bn // 16), stages=4, group_m=4)
 
 
 def shared_bytes(tile: Tile) -> int:
-    """Shared memory of a program, at most: what is in flight of both operands, or the output on its way to a store."""
-    return max(tile.stages * (tile.bm + tile.bn) * tile.bk * 2, tile.bm * (tile.bn + 8) * 4)
+    """Shared memory of a program, at most: what is in flight of both operands, and barriers on sm_100.
+
+    The output passes through the same bytes on its way to a store, as 16-bit floats, and needs fewer.
+    """
+    return tile.stages * (tile.bm + tile.bn) * tile.bk * 2 + 64
