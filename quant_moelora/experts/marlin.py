@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant_moelora.core.backend import Prepared, Verdict
+from quant_moelora.core.backend import Prepared, Verdict, shard_reasons
 from quant_moelora.core.injection import Injection
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
@@ -44,8 +44,7 @@ class MarlinBackend:
                 reasons.append(
                     f"{name} has groups of {weight.group} columns, whose least common part with 128 is below 16"
                 )
-        if info.shard is not None and info.shard.world_size > 1:
-            reasons.append(f"the layer is shard {info.shard.rank} of {info.shard.world_size}")
+        reasons += shard_reasons(info)
         return Verdict(tuple(reasons))
 
     def prepare(self, info: MoEQuantInfo, dtype: torch.dtype, tuned_configs: str | None = None) -> MarlinPrepared:

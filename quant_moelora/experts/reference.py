@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_moelora.core.backend import Prepared, Verdict
+from quant_moelora.core.backend import Prepared, Verdict, shard_reasons
 from quant_moelora.core.injection import Injection
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
@@ -27,8 +27,7 @@ class ReferenceBackend:
         reasons: list[str] = []
         if dtype not in _DTYPES:
             reasons.append(f"activation dtype {dtype} is not float32, bfloat16 or float16")
-        if info.shard is not None and info.shard.world_size > 1:
-            reasons.append(f"the layer is shard {info.shard.rank} of {info.shard.world_size}")
+        reasons += shard_reasons(info)
         return Verdict(tuple(reasons))
 
     def prepare(self, info: MoEQuantInfo, dtype: torch.dtype, tuned_configs: str | None = None) -> Prepared:

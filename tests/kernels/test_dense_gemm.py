@@ -25,7 +25,7 @@ def test_tiles(experts: int, gpu: tuple[int, int]) -> None:
     """Each fits the GPU, both products of a layer share the height, and more pairs never have lower tiles."""
     before = 16
     for pairs in PAIRS:
-        bm = tile_rows(pairs, experts, gpu)
+        bm = tile_rows(pairs, experts)
         assert before <= bm <= 128
         before = bm
         for n, k in WEIGHTS:

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from quant_moelora.core import packing
 from quant_moelora.core.backend import Verdict
@@ -105,6 +105,21 @@ def crossed(**factors: Sequence[Any]) -> pytest.MarkDecorator:
     all_of_them = [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
     chosen = pairwise(factors) if INTERPRETED else all_of_them
     return pytest.mark.parametrize(list(factors), [pytest.param(*one.values(), id=label(one)) for one in chosen])
+
+
+class Counting:
+    """A compiler that counts its graphs and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs: list[fx.GraphModule] = []
+
+    def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        self.graphs.append(graph)
+        return graph.forward
+
+    def operators(self) -> list[set[str]]:
+        """What each graph calls."""
+        return [{str(node.target) for node in graph.graph.nodes if node.op == "call_function"} for graph in self.graphs]
 
 
 def label(value: object) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._dynamo.exc import Unsupported
 
 from quant_moelora.core.activations import Activation
@@ -32,7 +32,7 @@ from quant_moelora.kernels.moe_sum.op import moe_sum, moe_sum_out
 from quant_moelora.layer import MoEExperts
 from tests.builders import adapter, context, layer, routing, same_bits, scheme
 from tests.kernels.test_align import slow_align
-from tests.launched.cases import DEVICE, DTYPES, FROBENIUS, INTERPRETED, MARKS, held_values
+from tests.launched.cases import DEVICE, DTYPES, FROBENIUS, INTERPRETED, MARKS, Counting, held_values
 from tests.launched.test_align import check_tiles
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("serving")]
@@ -48,21 +48,6 @@ def _new_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-class Counting:
-    """A compiler that counts its graphs and runs them as they are."""
-
-    def __init__(self) -> None:
-        self.graphs: list[fx.GraphModule] = []
-
-    def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        self.graphs.append(graph)
-        return graph.forward
-
-    def operators(self) -> list[set[str]]:
-        """What each graph calls."""
-        return [{str(node.target) for node in graph.graph.nodes if node.op == "call_function"} for graph in self.graphs]
 
 
 def make(**options: Any) -> MoEExperts:

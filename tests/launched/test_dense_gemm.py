@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.backend import Verdict
@@ -36,7 +36,18 @@ from tests.builders import (
     routing,
     same_bits,
 )
-from tests.launched.cases import DEVICE, DTYPES, EACH_DTYPE, FROBENIUS, INTERPRETED, MARKS, label, pairwise, poison
+from tests.launched.cases import (
+    DEVICE,
+    DTYPES,
+    EACH_DTYPE,
+    FROBENIUS,
+    INTERPRETED,
+    MARKS,
+    Counting,
+    label,
+    pairwise,
+    poison,
+)
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("no_grad")]
 LOWEST = Tile(16, 64, 64, stages=2)
@@ -318,17 +329,6 @@ def test_no_tokens_and_tokens_without_an_expert(dtype: torch.dtype) -> None:
     wide[:, :hidden] = x
     assert same_bits(case.run(wide[:, :hidden], routed), clean)
     assert (clean[[1, 3]] == 0).all() and (clean[[0, 2]] != 0).any(1).all()
-
-
-class Counting:
-    """A compiler that counts its graphs and runs them as they are."""
-
-    def __init__(self) -> None:
-        self.graphs: list[fx.GraphModule] = []
-
-    def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        self.graphs.append(graph)
-        return graph.forward
 
 
 @pytest.fixture

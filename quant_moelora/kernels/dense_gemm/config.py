@@ -35,13 +35,12 @@ class DenseSpec:
     overlap: bool
 
 
-def tile_rows(num_pairs: int, num_experts: int, capability: tuple[int, int]) -> int:
+def tile_rows(num_pairs: int, num_experts: int) -> int:
     """Most rows of a tile, for both GEMMs of a layer, since they share the list of tiles.
 
     Args:
         num_pairs: P, at least 1.
         num_experts: E.
-        capability: compute capability of the GPU.
     """
     rows = expected_rows(num_pairs, num_experts)
     return 16 if rows <= 10 else 32 if rows <= 24 else 64 if rows <= 48 else 128
@@ -52,8 +51,7 @@ def choose_tile(num_pairs: int, num_experts: int, n: int, k: int, capability: tu
 
     It must not depend on adapters: rows without one are bitwise those of the base model. Not measured yet: few rows are
     cut so that two programs a multiprocessor have 100 KB and more of the weight in flight, many rows as is usual for
-    dense products. All but the highest tiles of sm_90 and sm_100
-    fit the 99 KB of a block on sm_86, sm_89 and sm_120.
+    dense products. All but the highest tiles of sm_90 and sm_100 fit the 99 KB of a block on sm_86, sm_89 and sm_120.
 
     Args:
         num_pairs: P, at least 1.
@@ -62,7 +60,7 @@ def choose_tile(num_pairs: int, num_experts: int, n: int, k: int, capability: tu
         k: columns of x.
         capability: compute capability of the GPU.
     """
-    bm, sync = tile_rows(num_pairs, num_experts, capability), uses_mma_sync(capability)
+    bm, sync = tile_rows(num_pairs, num_experts), uses_mma_sync(capability)
     if bm == 16:
         bk = 128 if k % 128 == 0 else 64  # rows of 256 bytes, where no step reaches past the end
         return Tile(bm, 64, bk, stages=4 if sync or bk == 64 else 5)

@@ -56,7 +56,7 @@ dense_gemm, dense_gemm_out = define(
 
 
 def _height(num_pairs: int, num_experts: int, device: torch.device) -> int:
-    return tile_rows(num_pairs, num_experts, capability(device))
+    return tile_rows(num_pairs, num_experts)
 
 
 dense_align, dense_align_out = define_align("dense_align", "", _height)

@@ -7,6 +7,7 @@ there may be, since how many there are depends on the number of pairs, which `to
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,17 +53,17 @@ class LoRALayer(NamedTuple):
         return parts13 * 2 * self.tables.max_rank, parts2 * self.tables.max_rank
 
 
-_LAYER = f"{fields(LoRATables)}, str activation, bool gated, float? alpha, float? limit, int inter, int inter_pad, " + (
-    "bool weigh_input, int hidden"
+_FACTS = (
+    "str activation, bool gated, float? alpha, float? limit, int inter, int inter_pad, bool weigh_input, int hidden"
 )
+_LAYER = f"{fields(LoRATables)}, {_FACTS}"
 _ROUTED = "Tensor topk_ids, Tensor topk_weights, Tensor slots, Tensor rows, Tensor segments"
 _V13, _V2 = "lora_v13", "lora_v2"
 
 
 def _forward(
     given: Tensor,  # any shape, of the activation dtype
-    routed: tuple[Tensor, ...],  # topk_ids, topk_weights, slots, rows and segments, as of `LoRAForward`
-    lora: LoRALayer,
+    arguments: Sequence[Any],  # _ROUTED, as of `LoRAForward`, and _LAYER
     held: dict[str, Tensor],  # (P, of `v_widths`) float32, by name
 ) -> LoRAForward:
     """The launches of a forward with at least one pair.
@@ -70,7 +71,8 @@ def _forward(
     Raises:
         AdapterError: the adapters are of another dtype than ``given``.
     """
-    ids, weights, slots, rows, segments = routed
+    ids, weights, slots, rows, segments, *layer = arguments
+    lora = LoRALayer.of(tuple(layer))
     like = given.new_empty(0, lora.hidden)
 
     def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -104,7 +106,7 @@ def _shrink(
     *rest, v13 = arguments
     if rest[0].numel():
         with torch.cuda.device_of(x):  # Triton launches on the current device, whichever the tensors are on
-            forward = _forward(x, tuple(rest[:5]), LoRALayer.of(tuple(rest[5:])), {_V13: v13})
+            forward = _forward(x, rest, {_V13: v13})
             alone(forward.shrink_rider(x.contiguous()))
 
 
@@ -124,7 +126,7 @@ def _activate(
     *rest, h, v2 = arguments
     if rest[0].numel():
         with torch.cuda.device_of(gate_up):
-            forward = _forward(gate_up, tuple(rest[:5]), LoRALayer.of(tuple(rest[5:])), {_V13: v13, _V2: v2})
+            forward = _forward(gate_up, rest, {_V13: v13, _V2: v2})
             forward.activate(gate_up.contiguous(), h)
 
 
@@ -142,16 +144,15 @@ def _sum(
 ) -> None:
     """Weighted sum of y + scaling * B2 v2 over the pairs of each token."""
     *rest, out = arguments
-    lora = LoRALayer.of(tuple(rest[5:]))
     if not rest[0].numel():
         out.zero_()
         return
     with torch.cuda.device_of(y):
-        forward = _forward(y, tuple(rest[:5]), lora, {_V2: v2})
+        forward = _forward(y, rest, {_V2: v2})
         alone(forward.expand_rider())
-        weights = None if lora.facts.weigh_input else forward.topk_weights
-        experts = lora.tables.rank.shape[2]
-        moe_sum(y.contiguous(), forward.topk_ids, weights, inverse, out, forward.deltas, num_experts=experts)
+        spec, ids = forward.spec, forward.topk_ids
+        weights = None if spec.weighted else forward.topk_weights
+        moe_sum(y.contiguous(), ids, weights, inverse, out, forward.deltas, num_experts=spec.num_experts)
 
 
 lora_shrink13, lora_shrink13_out = define(

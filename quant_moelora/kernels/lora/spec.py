@@ -115,12 +115,12 @@ def choose_cut(num_pairs: int, num_experts: int, hidden: int, inter_pad: int, ma
     segments = 1 << (segments - 1).bit_length()
     shrink_ranks = _power_of_two(2 * max_rank, 16, 32)
     expand_ranks = _power_of_two(max_rank, 16, 32)
-    blocks = -(-inter_pad // _ACTIVATION_BLOCK)
+    most13, blocks = most_parts(hidden, inter_pad)
     # A program sums up its blocks' parts of v in registers, of as many ranks as it takes at once.
     parts2 = min(blocks, -(-_ACTIVATIONS // segments)) if max_rank <= expand_ranks else blocks
     return Cut(
         shrink_ranks=shrink_ranks,
-        parts13=_parts(segments * -(-2 * max_rank // shrink_ranks), hidden // _LEAST_COLUMNS),
+        parts13=_parts(segments * -(-2 * max_rank // shrink_ranks), most13),
         parts2=-(-blocks // -(-blocks // parts2)),  # so that none is empty
         expand_ranks=expand_ranks,
         activation_block=_ACTIVATION_BLOCK,
