@@ -25,7 +25,7 @@ import torch
 import triton
 
 from benchmarks import moe_ours, rivals
-from benchmarks.moe_case import SHAPES, Case, Roofs, random_case, random_info
+from benchmarks.moe_case import DENSE_BITS, SHAPES, Case, Roofs, random_case, random_info
 from benchmarks.record import provenance, write_rows
 from benchmarks.roofs import measured_roofs
 from quant_moelora.core.quant_info import MoEQuantInfo
@@ -71,6 +71,11 @@ def prepare(who: str, info: MoEQuantInfo, converted: list[list[Any]]) -> Any:
     return rivals.Humming(info, HUMMING[who], converted)
 
 
+def serves(who: str, bits: int) -> bool:
+    """Whether a candidate takes weights of this width: Humming's are quantised."""
+    return bits < DENSE_BITS or who not in HUMMING
+
+
 def measure(job: Job) -> list[dict[str, object]]:
     """Rows of a job. A rival that raises gets a row that says so; we may raise."""
     rows: list[dict[str, object]] = []
@@ -111,7 +116,7 @@ def measure_case(job: Job, case: Case, candidates: Mapping[str, Any]) -> list[di
     kept: list[object] = []  # a graph does not hold the tensors that it reads
     why: dict[str, object] = {}
     for who, candidate in candidates.items():
-        copies = case.copies(16 if who == TORCH else job.bits, cache)
+        copies = case.copies(DENSE_BITS if who == TORCH else job.bits, cache)
         common = {"copies": copies, "active_experts": f"{case.active:.1f}"}
         with unless_rival_fails(who, why):
             calls, error, detail = candidate.gemms(case, copies)
@@ -120,10 +125,10 @@ def measure_case(job: Job, case: Case, candidates: Mapping[str, Any]) -> list[di
             graphs.append(graph_of(calls).replay)
             rows.append(job.row(case.tokens, who, "gemms", **common, **found))
             counts.append(len(case.launches(copies)))
-        if who == OURS:
-            graphs.append(graph_of(candidate.layer(case, copies)).replay)
-            rows.append(job.row(case.tokens, who, "layer", **common))
-            counts.append(len(case.launches(copies)))
+            if who == OURS or (who == TORCH and job.bits == DENSE_BITS):
+                graphs.append(graph_of(candidate.layer(case, copies)).replay)
+                rows.append(job.row(case.tokens, who, "layer", **common))
+                counts.append(len(case.launches(copies)))
     floors = [roofs.floor_us(case.shape, job.bits, case.tokens, case.active) for roofs in (Roofs(), job.roofs)]
     for row, times, count in zip(rows, take_turns(graphs, job.rounds), counts, strict=True):
         low, middle, high = (quantile(times, part) / count for part in (0.2, 0.5, 0.8))
@@ -186,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--m", type=int, nargs="*", default=[1, 4, 16, 64, 256, 1024, 4096], help="numbers of tokens")
-    parser.add_argument("--bits", type=int, nargs="*", default=[4, 8], choices=(4, 8))
+    parser.add_argument("--bits", type=int, nargs="*", default=[4, 8], choices=(4, 8, DENSE_BITS))
     parser.add_argument("--only", nargs="*", default=list(CANDIDATES), choices=CANDIDATES)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--processes", type=int, default=14, help="that compile beforehand; 0 for none")
@@ -197,7 +202,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     roofs: Roofs = _submit(measured_roofs)
     jobs = [
-        Job(name, bits, tuple(args.m), tuple(args.only), args.rounds, roofs)
+        Job(name, bits, tuple(args.m), tuple(who for who in args.only if serves(who, bits)), args.rounds, roofs)
         for name in args.shapes
         for bits in args.bits
     ]

@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from quant_moelora.core.activations import Activation
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.scheme import QuantScheme
-from quant_moelora.core.weights import PackedWeight
+from quant_moelora.core.weights import DenseWeight, PackedWeight
 from quant_moelora.kernels.common import sample
 from quant_moelora.kernels.common.sample import active_experts, blank_info, random_routings, random_weight
 
 GROUP = 128
 DTYPE = torch.bfloat16
+DENSE_BITS = 16  # the width that stands for weights that are not quantised
 # What one H200 was seen to sustain; the floors of all figures are counted with these, so that runs can be compared.
 READ_TBPS, MATMUL_TFLOPS = 4.3, 790.0
 CHECKED_TOKENS, CHECKED_EXPERTS = 256, 4  # float64 is slow: most tokens, and experts, whose rows are checked
@@ -39,7 +41,7 @@ class Shape:
 
     def expert_bytes(self, bits: int) -> float:
         """Codes and 16-bit scales of one expert; without scales for 16 bits."""
-        return 3 * self.hidden * self.inter * (bits / 8 + (2 / GROUP if bits < 16 else 0))
+        return 3 * self.hidden * self.inter * (bits / 8 + (2 / GROUP if bits < DENSE_BITS else 0))
 
 
 SHAPES = {
@@ -63,12 +65,22 @@ class Roofs:
 
 
 def random_info(shape: Shape, bits: int, device: str) -> MoEQuantInfo:
-    """A symmetric layer with random weights, or without data on the meta device."""
+    """A layer with random weights, symmetric ones if quantised; without data on the meta device."""
+    if bits == DENSE_BITS:
+        w13 = _dense_weight(shape.experts, 2, shape.inter, shape.hidden, device)
+        return MoEQuantInfo(w13, _dense_weight(shape.experts, 1, shape.hidden, shape.inter, device), Activation("silu"))
     info = blank_info(shape.experts, shape.hidden, shape.inter, QuantScheme(bits, GROUP, True, DTYPE))
     if device == "meta":
         return info
     w13, w2 = (random_weight(weight, device) for weight in (info.w13, info.w2) if isinstance(weight, PackedWeight))
     return replace(info, w13=w13, w2=w2)
+
+
+def _dense_weight(experts: int, halves: int, n: int, k: int, device: str) -> DenseWeight:
+    w = torch.empty(experts, halves * n, k, dtype=DTYPE, device=device)
+    if not w.is_meta:
+        w.normal_(std=k**-0.5)
+    return DenseWeight(num_experts=experts, halves=halves, n=n, n_pad=n, k=k, k_pad=k, bias=None, w=w)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +130,7 @@ def relative_error(
     out: Tensor,  # (P, N)
     x: Tensor,  # (P, K)
     experts: Tensor,  # (P,) int
-    weight: PackedWeight,
+    weight: PackedWeight | DenseWeight,
 ) -> float:
     """Relative Frobenius error of out = x W^T against float64, over the rows of a few experts."""
     error, size = 0.0, 0.0

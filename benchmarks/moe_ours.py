@@ -1,4 +1,4 @@
-"""The `marlin` backend under measurement: its layer, and the GEMMs that the layer launches, by themselves."""
+"""Our backends under measurement: `marlin`, or `unquantized` with 16 bits; a layer, and the GEMMs that it launches."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from torch import Tensor
 from benchmarks.moe_case import CHECKED_TOKENS, DTYPE, SHAPES, Case, random_info, relative_error
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.quant_info import MoEQuantInfo
-from quant_moelora.core.weights import PackedWeight
+from quant_moelora.core.weights import DenseWeight, ExpertWeight, PackedWeight
 from quant_moelora.experts import marlin_op
+from quant_moelora.kernels.common.launch import capability
 from quant_moelora.kernels.common.sample import blank_prepared
+from quant_moelora.kernels.dense_gemm import launch as dense_launch
+from quant_moelora.kernels.dense_gemm.config import choose_tile
 from quant_moelora.kernels.grouped_gemm import product
 from quant_moelora.kernels.grouped_gemm.choice import TileSource
 from quant_moelora.kernels.grouped_gemm.launch import grouped_gemm
@@ -27,14 +30,15 @@ from quant_moelora.layer import MoEExperts
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One call of `grouped_gemm`, to be made again, and its weight. Arguments are told apart by what they are."""
+    """One launch of a grouped GEMM, to be made again, and its weight. Arguments are told apart by what they are."""
 
-    weight: PackedWeight
+    gemm: Callable[..., Tensor]  # `grouped_gemm`, or that of dense weights
+    weight: ExpertWeight
     arguments: tuple[Any, ...]
 
     def __call__(self) -> Tensor:
         """Launch it."""
-        return grouped_gemm(*self.arguments)
+        return self.gemm(*self.arguments)
 
     def _first(self, kind: type[Any]) -> Any:
         return next((value for value in self.arguments if isinstance(value, kind)), None)
@@ -54,14 +58,14 @@ class Launch:
         """The same product without the activation, to be checked against the definition."""
         if self._first(Activation) is None:
             return self
-        x, out = self._tensors(floats=True)
+        x, *_, out = self._tensors(floats=True)
         whole = torch.empty(out.shape[0], self.weight.rows, dtype=x.dtype, device=x.device)
         put = {id(out): whole, id(self._first(Activation)): None}
-        return Launch(self.weight, tuple(put.get(id(argument), argument) for argument in self.arguments))
+        return replace(self, arguments=tuple(put.get(id(argument), argument) for argument in self.arguments))
 
     def error(self, ids: Tensor) -> float:  # ids (M, k)
         """Relative error of what it computes from its x; see `relative_error`."""
-        x, out = self._tensors(floats=True)
+        x, *_, out = self._tensors(floats=True)
         out.fill_(float("nan"))
         self()
         out = out.sum(0) if out.ndim == 3 else out  # partial sums
@@ -75,16 +79,23 @@ class Launch:
 
 
 def record(forward: Callable[[], object], info: MoEQuantInfo) -> list[Launch]:
-    """The calls of `grouped_gemm` that a forward of the backend makes: w13 and w2."""
-    calls: list[tuple[Any, ...]] = []
+    """The GEMMs that a forward of the backend launches: w13 and w2."""
+    calls: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = []
 
-    def take(*arguments: Any) -> Tensor:
-        calls.append(arguments)
-        return grouped_gemm(*arguments)
+    def taken(gemm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def take(*arguments: Any) -> Tensor:
+            calls.append((gemm, arguments))
+            return gemm(*arguments)
 
-    with mock.patch.object(product, "grouped_gemm", take):
+        return take
+
+    with (
+        mock.patch.object(product, "grouped_gemm", taken(grouped_gemm)),
+        mock.patch.object(dense_launch, "dense_gemm", taken(dense_launch.dense_gemm)),
+    ):
         forward()
-    return [Launch(weight, arguments) for weight, arguments in zip(_packed(info), calls, strict=True)]
+    weights = (info.w13, info.w2)
+    return [Launch(gemm, weight, arguments) for weight, (gemm, arguments) in zip(weights, calls, strict=True)]
 
 
 class Ours:
@@ -98,9 +109,8 @@ class Ours:
         while len(self._layers) <= copy:
             info = self._info
             if self._layers:
-                w13, w2 = (replace(w, qweight=w.qweight.clone(), scales=w.scales.clone()) for w in _packed(info))
-                info = replace(info, w13=w13, w2=w2)
-            self._layers.append(MoEExperts(info, backend="marlin"))
+                info = replace(info, w13=_copied(info.w13), w2=_copied(info.w2))
+            self._layers.append(MoEExperts(info, backend="marlin" if _is_packed(info) else "unquantized"))
         return self._layers[copy]
 
     def layer(self, case: Case, copies: int) -> list[Callable[[], object]]:
@@ -123,25 +133,43 @@ class Ours:
         return calls, error, detail
 
 
-def _packed(info: MoEQuantInfo) -> tuple[PackedWeight, PackedWeight]:
-    assert isinstance(info.w13, PackedWeight) and isinstance(info.w2, PackedWeight)
-    return info.w13, info.w2
+def _copied(weight: ExpertWeight) -> ExpertWeight:
+    copies: dict[str, Any] = {name: tensor.clone() for name, tensor in weight.tensors().items()}
+    return replace(weight, **copies)
+
+
+def _is_packed(info: MoEQuantInfo) -> bool:
+    return isinstance(info.w13, PackedWeight)
 
 
 def compile_ahead(name: str, bits: int, tokens: int) -> None:
     """Compile what a case launches into Triton's cache, without tensors: for several processes at once."""
     shape = SHAPES[name]
     info = random_info(shape, bits, "meta")
-    w13, w2 = (blank_prepared(weight, DTYPE) for weight in _packed(info))
-    source = TileSource(LayerShape.of(info, DTYPE).name, "")
-    layer = marlin_op.MarlinLayer(w13, w2, info.activation, weigh_input=False, tiles=source)
     x = torch.empty(tokens, shape.hidden, dtype=DTYPE, device="meta")
     ids = torch.empty(tokens, shape.top_k, dtype=torch.int32, device="meta")
-    weights = torch.empty(tokens, shape.top_k, device="meta")
+    with torch.inference_mode():
+        for launch in record(_forward(info, x, ids), info):
+            launch.plain()()
+
+
+def _forward(info: MoEQuantInfo, x: Tensor, ids: Tensor) -> Callable[[], object]:
+    """The GEMMs of a layer without data."""
+    w13, w2 = info.w13, info.w2
+    if isinstance(w13, PackedWeight) and isinstance(w2, PackedWeight):
+        source = TileSource(LayerShape.of(info, DTYPE).name, "")
+        prepared = (blank_prepared(w13, DTYPE), blank_prepared(w2, DTYPE))
+        layer = marlin_op.MarlinLayer(*prepared, info.activation, weigh_input=False, tiles=source)
+        weights = torch.empty(ids.shape, device="meta")
+        return lambda: marlin_op.write_layer(x, ids, weights, *layer.arguments(), torch.empty_like(x))
+    assert isinstance(w13, DenseWeight) and isinstance(w2, DenseWeight)
+    rows, made = ids.flatten(), capability(x.device)
+    tiles = torch.empty(1, 4, dtype=torch.int32, device="meta")
 
     def forward() -> None:
-        marlin_op.write_layer(x, ids, weights, *layer.arguments(), torch.empty_like(x))
+        for source, weight, top_k in ((x, w13, ids.shape[1]), (x.new_empty(len(rows), w2.k), w2, None)):
+            tile = choose_tile(len(rows), info.num_experts, weight.rows, weight.k, made)
+            out = x.new_empty(len(rows), weight.rows)
+            dense_launch.dense_gemm(source, weight.w, None, tiles, rows, top_k, out, tile)
 
-    with torch.inference_mode():
-        for launch in record(forward, info):
-            launch.plain()()
+    return forward

@@ -14,13 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.moe_case import DENSE_BITS
+
 Row = Mapping[str, str]
 Key = tuple[str, int, int, str, str]  # shape, bits, tokens, who, what
 LABELS = {
-    ("ours", "gemms"): "marlin GEMMs",
-    ("ours", "layer"): "marlin layer",
+    ("ours", "gemms"): "our GEMMs",
+    ("ours", "layer"): "our layer",
     ("humming", "gemms"): "Humming GEMMs",  # the faster of its two forms, at each point
     ("torch", "gemms"): "torch bf16 GEMMs",
+    ("torch", "layer"): "transformers bf16 layer",
 }
 # Not of the run: vLLM 0.33, its compiled Marlin operators called directly, whole layer, int4 g128 bf16, one H200 with
 # the same shapes, CUDA graphs and routing drawn anew; microseconds at these numbers of tokens.
@@ -49,6 +52,11 @@ def read(paths: Sequence[Path]) -> dict[Key, Row]:
 def cases(rows: Mapping[Key, Row]) -> list[tuple[str, int, int]]:
     """Shape, bits and tokens of each case, int4 first."""
     return sorted({key[:3] for key in rows}, key=lambda case: (case[1], case[0], case[2]))
+
+
+def width_name(bits: int) -> str:
+    """Of the weights: 16 bits are bfloat16, all others integers in groups of 128."""
+    return "bf16" if bits == DENSE_BITS else f"int{bits} g128"
 
 
 def vllm_us(shape: str, bits: int, tokens: int) -> float | None:
@@ -94,9 +102,9 @@ def speedups(rows: Mapping[Key, Row], bits: int) -> list[str]:
     for shape, width, tokens in cases(rows):
         if width != bits:
             continue
-        ours, layer = (rows.get((shape, bits, tokens, "ours", what)) for what in ("gemms", "layer"))
+        layer = rows.get((shape, bits, tokens, "ours", "layer"))
         for (who, what), label in LABELS.items():
-            row = rows.get((shape, bits, tokens, who, what))
+            row, ours = (rows.get((shape, bits, tokens, one, what)) for one in (who, "ours"))
             if who != "ours" and row is not None and ours is not None:
                 ratio = float(row["p50_us"]) / float(ours["p50_us"])
                 rivals.setdefault(label, []).append((ratio, f"{shape} M={tokens}"))
@@ -106,7 +114,9 @@ def speedups(rows: Mapping[Key, Row], bits: int) -> list[str]:
     for label, ratios in rivals.items():
         mean = math.exp(sum(math.log(ratio) for ratio, _ in ratios) / len(ratios))
         worst, where = min(ratios)
-        lines.append(f"int{bits} against {label}: {mean:.2f} times as fast, {worst:.2f} at the worst ({where})")
+        lines.append(
+            f"{width_name(bits)} against {label}: {mean:.2f} times as fast, {worst:.2f} at the worst ({where})"
+        )
     return lines
 
 
@@ -125,7 +135,9 @@ def plot(rows: Mapping[Key, Row], path: Path) -> None:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8)
     some = next(iter(rows.values()))
-    figure.suptitle(f"{some['gpu']}, int4 and int8 g128, bf16; floor at 4.3 TB/s and 790 TFLOP/s", fontsize=9)
+    figure.suptitle(
+        f"{some['gpu']}, {', '.join(map(width_name, widths))}; floor at 4.3 TB/s and 790 TFLOP/s", fontsize=9
+    )
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=140)
     plt.close(figure)
@@ -143,7 +155,7 @@ def _draw(panel: Any, rows: Mapping[Key, Row], shape: str, bits: int) -> None:
     panel.set_yscale("log", base=2)
     panel.set_xticks(tokens, [str(m) for m in tokens])
     panel.set_yticks([1, 1.5, 2, 3, 4, 6, 8, 12], ["1", "1.5", "2", "3", "4", "6", "8", "12"])
-    panel.set_title(f"{shape}, int{bits}", fontsize=9)
+    panel.set_title(f"{shape}, {width_name(bits)}", fontsize=9)
     panel.set_xlabel("tokens M", fontsize=8)
     panel.set_ylabel("time over floor", fontsize=8)
     panel.tick_params(labelsize=7)
@@ -166,7 +178,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = read(args.csv)
     print(table(rows), "", sep="\n")
-    print(*(line for bits in (4, 8) for line in speedups(rows, bits)), sep="\n")
+    print(*(line for bits in sorted({key[1] for key in rows}) for line in speedups(rows, bits)), sep="\n")
     if args.plot:
         plot(rows, args.plot)
 

@@ -1,5 +1,7 @@
 """Other implementations of the same grouped GEMMs: Humming's kernels, and torch on bfloat16 weights.
 
+Of weights that are not quantised torch's layer is measured too, as transformers puts it together.
+
 Each rival is made of the benchmark's weights and gives, for a case, calls that compute w13 and then w2, and its
 relative error. w2 takes random activations, since no rival's activation is measured.
 """
@@ -16,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.moe_case import CHECKED_TOKENS, DTYPE, GROUP, SHAPES, Case, relative_error
+from benchmarks.moe_case import CHECKED_TOKENS, DENSE_BITS, DTYPE, GROUP, SHAPES, Case, relative_error
 from quant_moelora.core.quant_info import MoEQuantInfo
-from quant_moelora.core.weights import PackedWeight
+from quant_moelora.core.weights import DenseWeight, ExpertWeight, PackedWeight
 
 Calls = tuple[list[Callable[[], object]], float | None, str]
 _AT_ONCE = 8  # experts that are converted together
+_QWEN3_MOE = "transformers.models.qwen3_moe.modeling_qwen3_moe"
 
 
 def _chunks(weight: PackedWeight) -> list[PackedWeight]:
@@ -36,6 +39,12 @@ def _weights(info: MoEQuantInfo) -> tuple[PackedWeight, PackedWeight]:
     return info.w13, info.w2
 
 
+def _dense(weight: ExpertWeight) -> Tensor:  # (E, rows, K) bfloat16
+    if isinstance(weight, DenseWeight):
+        return weight.w
+    return torch.cat([part.dequantize().flatten(1, 2).to(DTYPE) for part in _chunks(weight)])
+
+
 def _activations(case: Case) -> Tensor:  # (P, I)
     return torch.randn(case.tokens * case.shape.top_k, case.shape.inter, device=case.x.device).to(DTYPE)
 
@@ -46,22 +55,42 @@ def _humming(module: str) -> Any:
 
 
 class Torch:
-    """`torch._grouped_mm` on the dequantised weights in bfloat16; rows are sorted and their offsets given."""
+    """`torch._grouped_mm` on weights in bfloat16, dequantised if need be; rows are sorted and their offsets given."""
 
-    bits = 16
+    bits = DENSE_BITS
 
     def __init__(self, info: MoEQuantInfo) -> None:
-        self._weights = _weights(info)
-        dense = [
-            torch.cat([part.dequantize().flatten(1, 2).to(DTYPE) for part in _chunks(weight)])
-            for weight in self._weights
-        ]
-        self._copies = [dense]
+        self._weights = (info.w13, info.w2)
+        self._copies = [[_dense(weight) for weight in self._weights]]
+
+    def layer(self, case: Case, copies: int) -> list[Callable[[], object]]:
+        """Forwards of transformers' experts around the same products."""
+        transformers = importlib.import_module("transformers")
+        shape = case.shape
+        config = transformers.Qwen3MoeConfig(
+            hidden_size=shape.hidden,
+            moe_intermediate_size=shape.inter,
+            num_experts=shape.experts,
+            num_experts_per_tok=shape.top_k,
+            experts_implementation="grouped_mm",
+        )
+        layers: list[Any] = []
+        for w13, w2 in self._grown(copies):
+            with torch.device("meta"):
+                experts = importlib.import_module(_QWEN3_MOE).Qwen3MoeExperts(config)
+            experts.gate_up_proj, experts.down_proj = (torch.nn.Parameter(w, False) for w in (w13, w2))
+            layers.append(experts)
+        routed = [(copy, ids.long()) for copy, ids in case.launches(copies)]
+        return [functools.partial(layers[copy], case.x, ids, case.topk_weights) for copy, ids in routed]
+
+    def _grown(self, copies: int) -> list[list[Tensor]]:
+        while len(self._copies) < copies:
+            self._copies.append([w.clone() for w in self._copies[0]])
+        return self._copies[:copies]
 
     def gemms(self, case: Case, copies: int) -> Calls:
         """Calls, relative error over the quantised weights, and how it was called."""
-        while len(self._copies) < copies:
-            self._copies.append([w.clone() for w in self._copies[0]])
+        held = self._grown(copies)
         h, pairs = _activations(case), torch.arange(case.tokens * case.shape.top_k, device=case.x.device)
         calls: list[Callable[[], object]] = []
         error = None
@@ -71,7 +100,7 @@ class Torch:
             inputs = (case.x[pairs[rows] // case.shape.top_k], h)
             made = [
                 functools.partial(torch.ops.aten._grouped_mm, x, w.transpose(-2, -1), offs=ends)
-                for x, w in zip(inputs, self._copies[copy], strict=True)
+                for x, w in zip(inputs, held[copy], strict=True)
             ]
             if not number and case.tokens <= CHECKED_TOKENS:
                 parts = zip(made, inputs, self._weights, strict=True)

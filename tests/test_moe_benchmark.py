@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import moe_ours, moe_report, rivals
-from benchmarks.moe_case import SHAPES, Case, Roofs, Shape, random_info, relative_error
-from quant_moelora.core.weights import PackedWeight
+from benchmarks.moe_case import DENSE_BITS, SHAPES, Case, Roofs, Shape, random_info, relative_error
+from quant_moelora.core.weights import DenseWeight, PackedWeight
 from quant_moelora.kernels.grouped_gemm.spec import Tile
 
 SMALL = Shape(experts=8, top_k=2, hidden=256, inter=128)
@@ -60,17 +60,18 @@ def test_error_is_zero_for_the_product_and_one_for_nothing() -> None:
 
 @pytest.mark.parametrize("sort", [True, False])
 @pytest.mark.parametrize("gather", [True, False])
-def test_a_recorded_launch_knows_its_rows(sort: bool, gather: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, ids = small_weight(8), small_routing(5)
+@pytest.mark.parametrize("bits", [8, DENSE_BITS])
+def test_a_recorded_launch_knows_its_rows(bits: int, sort: bool, gather: bool) -> None:
+    weight, ids = random_info(SMALL, bits, "cpu").w2, small_routing(5)
     order = ids.flatten().argsort(stable=True).to(torch.int32) if sort else torch.arange(10, dtype=torch.int32)
     x = torch.randn(5 if gather else 10, 128)
     rows = x[order.long() // 2] if gather else x
     exact = torch.einsum("pk,pnk->pn", rows, weight.dequantize()[:, 0][ids.flatten()[order.long()].long()])
-    monkeypatch.setattr(moe_ours, "grouped_gemm", lambda *arguments: arguments[-2].copy_(exact))
     tiles, sorted_rows = (torch.zeros(9, 4, dtype=torch.int32), order) if sort else (ids.flatten(), None)
     out = torch.empty(10, 256)
-    arguments = (x, None, tiles, sorted_rows, 2 if gather else None, out, Tile(16, 128, 64))
-    launch = moe_ours.Launch(weight, arguments)
+    held = weight.w if isinstance(weight, DenseWeight) else None
+    arguments = (x, held, tiles, sorted_rows, 2 if gather else None, out, Tile(16, 128, 64))
+    launch = moe_ours.Launch(lambda *given: given[-2].copy_(exact), weight, arguments)
     assert launch.error(ids) < 1e-5  # float32 sums of 128
 
 
@@ -104,5 +105,5 @@ def test_table_takes_the_faster_form_and_leaves_failures_out(tmp_path: Path) -> 
     found = moe_report.read([path])
     assert moe_report.table(found).splitlines()[-1] == "| mixtral-8x7b | 4 | 16 | 100 | 150 | 210 | 1.50 | 241 |"
     assert moe_report.speedups(found, 4) == [
-        "int4 against Humming GEMMs: 1.40 times as fast, 1.40 at the worst (mixtral-8x7b M=16)"
+        "int4 g128 against Humming GEMMs: 1.40 times as fast, 1.40 at the worst (mixtral-8x7b M=16)"
     ]
