@@ -27,7 +27,8 @@ from quant_moelora.experts.marlin_op import (
 from quant_moelora.kernels.activation.op import activation, activation_out
 from quant_moelora.kernels.align.op import align, align_out
 from quant_moelora.kernels.grouped_gemm.op import grouped_gemm, grouped_gemm_out
-from quant_moelora.kernels.lora.launch import LoRATables
+from quant_moelora.kernels.lora.launch import LayerFacts, LoRATables
+from quant_moelora.kernels.lora.op import LoRALayer, lora_activate, lora_moe_sum, lora_moe_sum_out, lora_shrink13
 from quant_moelora.kernels.moe_sum.op import moe_sum, moe_sum_out
 from quant_moelora.layer import MoEExperts
 from tests.builders import adapter, context, layer, routing, same_bits, scheme
@@ -40,7 +41,12 @@ EXPERTS, HIDDEN, INTER, TOP_K = (3, 40, 40, 2) if INTERPRETED else (4, 72, 40, 2
 SLOTS = 2  # of `two_adapters`
 DTYPE = DTYPES[0]
 # Tiles of 16 rows and of 32; interpreted, a program takes long.
-SIZES = (7, 3, 15, 1, 0) if INTERPRETED else (17, 3, 64, 200, 1, 0)
+SIZES = (7, 3, 1, 0) if INTERPRETED else (17, 3, 64, 200, 1, 0)
+# Interpreted, every forward takes seconds, and whether sizes are marked is torch's business.
+SIZED = pytest.mark.parametrize(
+    ("mark", "act_order"),
+    [pytest.param(True, True, id="marked"), *(() if INTERPRETED else (pytest.param(False, False, id="automatic"),))],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +85,7 @@ def check(compiled: Any, experts: MoEExperts, sizes: Iterable[int], *, mark: boo
         assert same_bits(compiled(*arguments), experts(*arguments)), tokens
 
 
-@pytest.mark.parametrize(("mark", "act_order"), [(True, True), (False, False)], ids=["marked", "automatic"])
+@SIZED
 def test_few_graphs_for_all_sizes(act_order: bool, mark: bool) -> None:
     """One for 2 tokens and more, one each for 1 and none; unmarked, the first size has one of its own."""
     experts, count = make(act_order=act_order, bias=True), Counting()
@@ -93,7 +99,7 @@ def test_few_graphs_for_all_sizes(act_order: bool, mark: bool) -> None:
         assert {name for name in called if "quant_moelora" in name} == {"quant_moelora.marlin_experts.default"}
 
 
-@pytest.mark.parametrize(("mark", "act_order"), [(True, True), (False, False)], ids=["marked", "automatic"])
+@SIZED
 def test_few_graphs_with_adapters(act_order: bool, mark: bool) -> None:
     """As many as without; the tables are inputs, in whose places other adapters follow without another graph."""
     experts, count = make(act_order=act_order), Counting()
@@ -205,9 +211,13 @@ def marlin_layer(experts: MoEExperts) -> MarlinLayer:
 
 
 def calls(tokens: int, *, lora: bool, act_order: bool) -> dict[str, tuple[tuple[Any, Any], tuple[Any, ...]]]:
-    """Each operator and its twin, with arguments; every pair has an expert, so that every row is written."""
+    """Each operator and its twin, with arguments; every pair has an expert, so that every row is written.
+
+    Of LoRA's operators the last: the other two leave what belongs to no adapter as it was.
+    """
     experts = make(act_order=act_order, bias=True)
-    layer, tables = marlin_layer(experts), LoRATables.of(two_adapters(experts))
+    layer, ctx = marlin_layer(experts), two_adapters(experts)
+    tables, info = LoRATables.of(ctx), experts.info
     x, ids, weights = batch(tokens)
     ids = ids.clamp(0, EXPERTS - 1)
     some = torch.arange(tokens, dtype=torch.int32, device=DEVICE) % 3 - 1
@@ -217,6 +227,11 @@ def calls(tokens: int, *, lora: bool, act_order: bool) -> dict[str, tuple[tuple[
     product = (grouped_gemm, grouped_gemm_out)
     gate_up = torch.randn(tokens * TOP_K, layer.w13.rows, device=DEVICE)
     y = torch.randn(tokens * TOP_K, HIDDEN, device=DEVICE).to(DTYPE)
+    routed = (ids, weights, some, *align(ids, some, EXPERTS, SLOTS, *layer.tiles)[:4:3])
+    facts = LayerFacts(info.activation, INTER, info.inter_pad, weigh_input=False)
+    lora_layer = LoRALayer(tables, facts, HIDDEN).arguments()
+    v13 = lora_shrink13(x, *routed, *lora_layer)
+    _, v2 = lora_activate(gate_up.to(DTYPE), v13, *routed, *lora_layer)
     silu = ("silu", True, None, None, EXPERTS, INTER, layer.w13.n_pad, DTYPE)
     return {
         "activation": ((activation, activation_out), (gate_up, ids, weights, rows, *silu)),
@@ -226,13 +241,14 @@ def calls(tokens: int, *, lora: bool, act_order: bool) -> dict[str, tuple[tuple[
             (marlin_lora_experts, marlin_lora_experts_out),
             (x, ids, weights, some, *layer.arguments(), *tables),
         ),
+        "lora_moe_sum": ((lora_moe_sum, lora_moe_sum_out), (y, v2, inverse, *routed, *lora_layer)),
         "align": ((align, align_out), (ids, slots, EXPERTS, SLOTS, *layer.tiles)),
         "w13": (product, (x, ids, rows, tiles, True, layer.w13.rows, *layer.tiles, *layer.w13)),
         "w2": (product, (h, ids, rows, tiles, False, layer.w2.n, *layer.tiles, *layer.w2)),
     }
 
 
-OPERATORS = ("marlin_experts", "marlin_lora_experts", "align", "w13", "activation", "w2", "moe_sum")
+OPERATORS = ("marlin_experts", "marlin_lora_experts", "align", "w13", "activation", "w2", "moe_sum", "lora_moe_sum")
 NAMES = pytest.mark.parametrize("name", OPERATORS)
 FORMS = pytest.mark.parametrize(
     ("tokens", "lora", "act_order"), [(1, False, False), (9, True, True)], ids=["base", "lora"]
