@@ -16,6 +16,7 @@ _LEAST_COLUMNS = 512
 # Columns of h at once, all of which each warp of the second shrink has in its registers, so that few are better; and
 # columns of the second expand at once.
 _ACTIVATION_BLOCK, EXPAND_BLOCK = 128, 128
+_AHEAD_RANKS = 16  # most ranks whose factors of one block are loaded during the block before
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,9 @@ def choose_cut(num_pairs: int, num_experts: int, hidden: int, inter_pad: int, ma
     shrink_ranks = _power_of_two(2 * max_rank, 16, 32)
     expand_ranks = _power_of_two(max_rank, 16, 32)
     most13, blocks = most_parts(hidden, inter_pad)
-    # A program sums up its blocks' parts of v in registers, of as many ranks as it takes at once.
-    parts2 = min(blocks, -(-_ACTIVATIONS // segments)) if max_rank <= expand_ranks else blocks
+    # A program with several blocks has the factors of the next one in registers, too, where more ranks have no room: of
+    # 32 there were 102 loads and 158 stores of spills, and with one block 4 of each.
+    parts2 = min(blocks, -(-_ACTIVATIONS // segments)) if max_rank <= _AHEAD_RANKS else blocks
     return Cut(
         shrink_ranks=shrink_ranks,
         parts13=_parts(segments * -(-2 * max_rank // shrink_ranks), most13),
