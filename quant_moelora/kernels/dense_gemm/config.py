@@ -52,7 +52,8 @@ def choose_tile(num_pairs: int, num_experts: int, n: int, k: int, capability: tu
     It must not depend on adapters: rows without one are bitwise those of the base model. Few rows are cut so that two
     programs a multiprocessor have 100 KB and more of the weight in flight, many rows as is usual for dense products. On
     an H200 it is within 6 % of the best of some 15 tiles at 41 of 42 points, and within 16 % at the last
-    (benchmarks/NOTES.md, "Unquantised experts"). All but the highest tiles of sm_90 and sm_100 fit the 99 KB of a block on sm_86, sm_89 and sm_120.
+    (benchmarks/NOTES.md, "Unquantised experts"). All but the highest tiles of sm_90 and sm_100 fit the 99 KB of a block
+    on sm_86, sm_89 and sm_120.
 
     Args:
         num_pairs: P, at least 1.
