@@ -82,7 +82,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def error_line(run: Run) -> str:
     """The one line on stderr of a refused command."""
-    assert run.code == 1
+    assert run.code == 2
     assert not run.out
     lines = [line for line in run.err.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("error: "), run.err
@@ -199,7 +199,7 @@ def test_a_misshapen_tensor_beside_the_experts_is_one_line(command: Command, tmp
 
     folder = str(edited(tmp_path / "m", cut))
     run = command("generate", "--model", folder, "--prompt", PROMPT)
-    assert run.code == 1 and not run.out
+    assert run.code == 2 and not run.out
     assert "error: " in run.err and "model.norm.weight" in run.err and "Traceback" not in run.err
 
 
@@ -342,7 +342,7 @@ def test_generate_without_adapters(command: Command) -> None:
 @pytest.mark.parametrize("text", ["nonsense", "=folder", "a="])
 def test_wrong_adapter_syntax(command: Command, text: str) -> None:
     run = generate(command, PROMPT, adapters=[f"--adapter={text}"])
-    assert run.code == 1 and not run.out
+    assert run.code == 2 and not run.out
     assert len([line for line in run.err.splitlines() if line.startswith("error: ")]) == 1
     assert "Traceback" not in run.err
     if text == "nonsense":
@@ -352,22 +352,22 @@ def test_wrong_adapter_syntax(command: Command, text: str) -> None:
 def test_one_name_for_two_adapters(command: Command) -> None:
     """The first folder would be dropped without a word."""
     run = generate(command, PROMPT, adapters=[ADAPTERS[0], f"--adapter=a={DEMO / 'adapters' / 'b'}"])
-    assert run.code == 1 and "error: " in run.err
+    assert run.code == 2 and "error: " in run.err
 
 
 def test_an_adapter_that_does_not_fit(command: Command, golden: Path) -> None:
     run = generate(command, PROMPT, adapters=[f"--adapter=x={golden / 'adapters' / 'lora-tp-mixtral-r4'}"])
-    assert run.code == 1 and not run.out
+    assert run.code == 2 and not run.out
     assert "experts.gate_up_proj" in run.err and "attach the adapter to the model it was trained on" in run.err
 
 
 def test_wrong_backend_and_dtype(command: Command) -> None:
     run = generate(command, PROMPT, adapters=[], more=("--backend=merlin",))
-    assert run.code == 1 and "error: backend: got 'merlin'" in run.err
+    assert run.code == 2 and "error: backend: got 'merlin'" in run.err
     run = generate(command, PROMPT, adapters=[], more=("--dtype=float63",))
-    assert run.code in (1, 2) and "float63" in run.err and "Traceback" not in run.err
+    assert run.code == 2 and "float63" in run.err and "Traceback" not in run.err
     run = generate(command, PROMPT, adapters=[], more=("--device=auto",))
-    assert run.code == 1 and "error: device_map: got auto" in run.err
+    assert run.code == 2 and "error: device_map: got auto" in run.err
 
 
 def test_usage(command: Command) -> None:
