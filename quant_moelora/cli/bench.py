@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -108,9 +108,7 @@ def bench(
     from quant_moelora.integrations.transformers import from_pretrained
 
     adapters, device = split_adapters(adapter), check_device(device)
-    loaded = from_pretrained(
-        model, dtype=dtype.value, device_map=device, backend=backend, tuned_configs=tuned_configs
-    ).eval()
+    loaded = from_pretrained(model, dtype=dtype.value, device_map=device, backend=backend, tuned_configs=tuned_configs)
     vocabulary = loaded.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
     ids = ids.to(loaded.device)
@@ -222,14 +220,10 @@ def _echo(found: Bench) -> None:
         f"{found.threads} threads; batch {found.batch}, {found.prompt_tokens} + {found.new_tokens} tokens, "
         f"median of {found.rounds}"
     )
-    phases: tuple[tuple[str, Callable[[Speed], Phase]], ...] = (
-        ("prefill", lambda speed: speed.prefill),
-        ("decode", lambda speed: speed.decode),
-    )
-    for name, phase_of in phases:
-        base = phase_of(found.speeds[0])
+    for name in ("prefill", "decode"):
+        base: Phase = getattr(found.speeds[0], name)
         for speed in found.speeds:
-            phase = phase_of(speed)
+            phase: Phase = getattr(speed, name)
             which = f"{len(speed.adapters)} adapters" if speed.adapters else "base"
             against = f", {phase.tokens_per_second / base.tokens_per_second:.0%} of base" if speed.adapters else ""
             typer.echo(
