@@ -1,7 +1,7 @@
 """Plot and tables of benchmarks.moe_lora.
 
-`python -m benchmarks.lora_report CSV [--plot FILE.png]` prints the tables for the README and, with --plot, draws the
-time that LoRA adds against the number of adapters, beside its floor and beside one call an adapter.
+`python -m benchmarks.lora_report CSV [--plot FILE.png]` prints the tables for docs/performance.md and, with --plot,
+draws the time that LoRA adds against the number of adapters, beside its floor and beside one call an adapter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Plot and table of benchmarks.moe.
 
-`python -m benchmarks.moe_report CSV.. [--plot FILE.png]` prints the table for the README and, with --plot, draws time
-over floor against the number of tokens.
+`python -m benchmarks.moe_report CSV.. [--plot FILE.png]` prints the table for docs/performance.md and, with --plot,
+draws time over floor against the number of tokens.
 """
 
 from __future__ import annotations

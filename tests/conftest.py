@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 # Both are read once: the hub's switch when huggingface_hub is imported, and the workspace of cuBLAS, which
@@ -11,6 +12,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
+
+from tests.commands import Command, run_command
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -58,3 +61,9 @@ def golden() -> Path:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device that a test runs on; cuda only with `-m gpu`."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run `quant-moelora ARGS` in this process."""
+    return partial(run_command, monkeypatch, capsys)

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
-from quant_moelora.cli import main
-from quant_moelora.experts import lora_tune
-from quant_moelora.kernels.common import launch
-from quant_moelora.kernels.grouped_gemm import tune
-from quant_moelora.kernels.grouped_gemm.config import formula
-from quant_moelora.kernels.grouped_gemm.table import Entry, LoRAEntry, tuned_tiles
+import quant_moelora
+from quant_moelora.cli import app, main
+from tests.commands import Command, Run, error_line
 
 # Its log handler keeps the stderr of the first import, which must not be that of a test.
 importlib.import_module("transformers")
@@ -46,48 +42,6 @@ LAYER_FIELDS = {
     "packed_bytes",
     "backends",
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """Outcome of one command."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        return json.loads(self.out)
-
-
-Command = Callable[..., Run]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run `quant-moelora ARGS` in this process."""
-
-    def run(*args: str) -> Run:
-        monkeypatch.setattr(sys, "argv", ["quant-moelora", *args])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        code = exit_info.value.code
-        captured = capsys.readouterr()
-        assert code is None or isinstance(code, int)
-        return Run(code or 0, captured.out, captured.err)
-
-    return run
-
-
-def error_line(run: Run) -> str:
-    """The one line on stderr of a refused command."""
-    assert run.code == 1
-    assert not run.out
-    lines = [line for line in run.err.splitlines() if line]
-    assert len(lines) == 1 and lines[0].startswith("error: "), run.err
-    assert re.fullmatch(r"error: .+: got .+, expected .+; .+", lines[0]), "what, got, rule, remedy"
-    return lines[0]
 
 
 # --- inspect ----------------------------------------------------------------------------------------------------------
@@ -199,7 +153,7 @@ def test_a_misshapen_tensor_beside_the_experts_is_one_line(command: Command, tmp
 
     folder = str(edited(tmp_path / "m", cut))
     run = command("generate", "--model", folder, "--prompt", PROMPT)
-    assert run.code == 1 and not run.out
+    assert run.code == 2 and not run.out
     assert "error: " in run.err and "model.norm.weight" in run.err and "Traceback" not in run.err
 
 
@@ -342,7 +296,7 @@ def test_generate_without_adapters(command: Command) -> None:
 @pytest.mark.parametrize("text", ["nonsense", "=folder", "a="])
 def test_wrong_adapter_syntax(command: Command, text: str) -> None:
     run = generate(command, PROMPT, adapters=[f"--adapter={text}"])
-    assert run.code == 1 and not run.out
+    assert run.code == 2 and not run.out
     assert len([line for line in run.err.splitlines() if line.startswith("error: ")]) == 1
     assert "Traceback" not in run.err
     if text == "nonsense":
@@ -352,30 +306,101 @@ def test_wrong_adapter_syntax(command: Command, text: str) -> None:
 def test_one_name_for_two_adapters(command: Command) -> None:
     """The first folder would be dropped without a word."""
     run = generate(command, PROMPT, adapters=[ADAPTERS[0], f"--adapter=a={DEMO / 'adapters' / 'b'}"])
-    assert run.code == 1 and "error: " in run.err
+    assert run.code == 2 and "error: " in run.err
 
 
 def test_an_adapter_that_does_not_fit(command: Command, golden: Path) -> None:
     run = generate(command, PROMPT, adapters=[f"--adapter=x={golden / 'adapters' / 'lora-tp-mixtral-r4'}"])
-    assert run.code == 1 and not run.out
+    assert run.code == 2 and not run.out
     assert "experts.gate_up_proj" in run.err and "attach the adapter to the model it was trained on" in run.err
 
 
 def test_wrong_backend_and_dtype(command: Command) -> None:
     run = generate(command, PROMPT, adapters=[], more=("--backend=merlin",))
-    assert run.code == 1 and "error: backend: got 'merlin'" in run.err
+    assert run.code == 2 and "error: backend: got 'merlin'" in run.err
     run = generate(command, PROMPT, adapters=[], more=("--dtype=float63",))
-    assert run.code in (1, 2) and "float63" in run.err and "Traceback" not in run.err
+    assert run.code == 2 and "float63" in run.err and "Traceback" not in run.err
     run = generate(command, PROMPT, adapters=[], more=("--device=auto",))
-    assert run.code == 1 and "error: device_map: got auto" in run.err
+    assert run.code == 2 and "error: device_map: got auto" in run.err
 
 
 def test_usage(command: Command) -> None:
     assert command("generate", "--prompt=t3").code == 2
     assert command("generate", "--model", MODEL).code == 2
     assert command("nonsense").code == 2
-    assert command("--help").code == 0
     assert generate(command, PROMPT, more=("--max-new-tokens=0",)).code == 2
+
+
+# --- all commands -----------------------------------------------------------------------------------------------------
+
+COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_version_and_help(command: Command) -> None:
+    assert command("--version").out == f"quant-moelora {quant_moelora.__version__}\n"
+    run = command("--help")
+    assert run.code == 0 and "Exit codes: 0 " in run.out
+    assert COMMANDS.keys() == {"inspect", "verify", "generate", "export-adapter", "bench", "tune", "demo"}
+    for name in COMMANDS:
+        (line,) = (line for line in run.out.splitlines() if line.split()[:1] == [name])
+        assert line.endswith("."), "said in one line"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples_that_parse(command: Command, name: str) -> None:
+    """Each option of an example exists and takes its value; nothing is run."""
+    run = command(name, "--help")
+    assert run.code == 0
+    examples = run.out.partition("Examples:\n")[2].replace("\\\n", " ").splitlines()
+    assert examples
+    for example in examples:
+        program, verb, *arguments = shlex.split(example)
+        assert (program, verb) == ("quant-moelora", name)
+        COMMANDS[name].make_context(name, arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(13, "Permission denied", "model"), "PermissionError: [Errno 13] Permission denied: 'model'"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to"), "OutOfMemoryError: CUDA out of memory. Tried to"),
+    ],
+)
+def test_what_a_machine_refuses_is_one_line(
+    command: Command, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    def fail(_: str) -> None:
+        raise error
+
+    monkeypatch.setattr("quant_moelora.cli.inspect.describe", fail)
+    run = command("inspect", MODEL)
+    assert (run.code, run.out, run.err) == (2, "", f"error: {told}\n")
+
+
+def test_a_bug_is_a_traceback(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr("quant_moelora.cli.inspect.describe", fail)
+    monkeypatch.setattr(sys, "argv", ["quant-moelora", "inspect", MODEL])
+    with pytest.raises(KeyError):
+        main()
+
+
+def test_a_device_that_is_not_there(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "sees no CUDA devices" in error_line(generate(command, PROMPT, more=("--device=cuda",)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "--device: got cuda:2" in error_line(generate(command, PROMPT, more=("--device=cuda:2",)))
+
+
+def test_prompts_without_tokens(command: Command, tmp_path: Path) -> None:
+    """transformers makes an empty tokenizer for a checkpoint without tokenizer files."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(DEMO / "model" / name, tmp_path)
+    for run in (command("generate", f"--model={tmp_path}", f"--prompt={PROMPT}"), generate(command, PROMPT, "")):
+        assert run.code == 2 and "Traceback" not in run.err
+        assert "tokenizer.json is missing beside the weights" in run.err
 
 
 # --- export-adapter ---------------------------------------------------------------------------------------------------
@@ -389,7 +414,10 @@ def test_export_adapter_there_and_back(command: Command, tmp_path: Path) -> None
     done = run(source, apart, "per-expert")
     assert done.code == 0 and not done.err
     assert done.out == f"{apart}: per-expert, 2 layers of experts, 0 other linear layers\n"
-    assert run(apart, fused, "fused").code == 0
+    back = command(
+        "export-adapter", f"--model={MODEL}", f"--adapter={apart}", f"--to={fused}", "--form=fused", "--json"
+    )
+    assert back.json == {"path": str(fused), "form": "fused", "expert_layers": 2, "other_linears": 0}
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (source, fused))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
@@ -406,79 +434,6 @@ def test_export_adapter_names_what_the_form_cannot_hold(command: Command, golden
     line = error_line(command("export-adapter", *names, "--form=fused"))
     for part in ("gate and up of expert 3", "layers.1", "rank 16", "rank 8", "per_expert"):
         assert part in line
-
-
-# --- tune -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A GPU on which five stages of the second GEMM are always best."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name, value in (("current_device", 0), ("get_device_capability", (9, 0)), ("get_device_name", "Some GPU")):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    caches = (launch._capability, launch._gpu_name, tuned_tiles)
-    for cached in caches:
-        cached.cache_clear()
-
-    def tune_point(point: Any, *_: object) -> Entry:
-        own = formula(point.weights.problem.shape, point.pairs, (9, 0))
-        return Entry(point.pairs, own.w13, own.w13_fused, replace(own.w2, stages=5), 2.0, 3.0)
-
-    monkeypatch.setattr(tune, "compile_candidates", lambda _, tokens, *__: dict.fromkeys(tokens, frozenset[Any]()))
-    weights = tune.Weights
-    monkeypatch.setattr(tune, "Weights", lambda problem, _: weights(problem, torch.device("meta")))
-    monkeypatch.setattr(tune, "tune_point", tune_point)
-    monkeypatch.setattr(lora_tune, "compile_cuts", lambda *_: None)
-    monkeypatch.setattr(lora_tune, "LoRAPoint", lambda case, _: case)
-    monkeypatch.setattr(lora_tune, "tune_lora_point", lambda case, *_: LoRAEntry(8, case.rank, case.formula, 2.0, 2.5))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    yield
-    for cached in caches:
-        cached.cache_clear()
-
-
-@pytest.mark.usefixtures("gpu")
-def test_tune_writes_what_is_read_back(command: Command, tmp_path: Path) -> None:
-    sizes = ("--experts=8", "--hidden=256", "--intermediate=128", "--top-k=2", "--bits=8", "--group-size=64")
-    run = command("tune", *sizes, "--tokens=64,1,64", "--commit=abc", f"--out={tmp_path / 'new'}", "--json")
-    assert run.code == 0
-    ((path, written),) = run.json.items()
-    assert written == json.loads(Path(path).read_text(encoding="utf-8")) and written["gpu"] == "Some GPU"
-    assert [entry["num_pairs"] for entry in written["entries"]] == [2, 128]
-    assert written["provenance"]["commit"] == "abc"
-    ((shape, tiles),) = tuned_tiles(str(tmp_path / "new"), "Some GPU").layers.items()
-    assert (shape.num_experts, shape.w13.bits, shape.w2.group, shape.dtype) == (8, 8, 64, "bfloat16")
-    assert {pairs: one.w2.stages for pairs, one in tiles.items()} == {2: 5, 128: 5}
-
-
-@pytest.mark.usefixtures("gpu")
-def test_tune_the_layers_of_a_model(command: Command, tmp_path: Path) -> None:
-    run = command("tune", "--model", MODEL, "--tokens=4", "--out", str(tmp_path))
-    assert run.code == 0
-    first, second = run.out.splitlines()
-    assert Path(first).parent == tmp_path and Path(first).is_file()
-    assert second == "  16 pairs: 2.0 us, +50.0%"
-    (shape,) = tuned_tiles(str(tmp_path), "Some GPU").layers
-    assert (shape.num_experts, shape.w13.group, shape.w13.zeros, shape.act_order) == (8, 32, True, False)
-    again = command("tune", "--model", MODEL, "--tokens=4", "--no-tiles", "--lora-ranks=16", "--out", str(tmp_path))
-    assert again.out.splitlines() == [first, second, "  8 pairs with adapters of rank 16: 2.0 us, +25.0%"]
-    assert command("tune", "--model", MODEL, "--tokens=4", "--act-order", f"--out={tmp_path}").code == 0
-    assert len(list(tmp_path.glob("*.json"))) == 2
-
-
-def test_tune_refuses_in_one_line(command: Command, tmp_path: Path) -> None:
-    sizes = ("--experts=8", "--hidden=256", "--intermediate=128", "--top-k=2")
-    out = f"--out={tmp_path / 'new'}"
-    if not torch.cuda.is_available():
-        assert "no CUDA device" in error_line(command("tune", *sizes, out))
-    assert "no --hidden, --top-k" in error_line(command("tune", sizes[0], sizes[2], out))
-    assert "--tokens: got 1,x" in error_line(command("tune", *sizes, out, "--tokens=1,x"))
-    assert "got 3" in error_line(command("tune", *sizes, out, "--bits=3"))
-    assert "bfloat16 or float16" in error_line(command("tune", *sizes, out, "--dtype=float32"))
-    (tmp_path / "file").touch()
-    assert "a folder" in error_line(command("tune", *sizes, f"--out={tmp_path / 'file'}"))
-    assert command("tune", *sizes).code == 2
 
 
 # --- demo -------------------------------------------------------------------------------------------------------------
@@ -498,3 +453,10 @@ def test_demo(command: Command) -> None:
     assert re.fullmatch(r"\d+ tokens/s; bytes resident: experts [\d,]+, expert adapters [\d,]+, other [\d,]+", figures)
     found = re.fullmatch(r"parity with the dequantised model: .* by (\S+) \(relative RMS, float32\)", parity)
     assert found and float(found[1]) < 1e-5
+
+
+def test_demo_json(command: Command) -> None:
+    found = command("demo", "--json").json
+    assert found.keys() == {"completions", "tokens_per_second", "bytes_resident", "parity"}
+    assert [made["adapter"] for made in found["completions"]] == ["__base__", "a", "b"]
+    assert 0 <= found["parity"] < 1e-5

@@ -202,7 +202,7 @@ def test_breach_is_seen(tmp_path: Path, file: str, source: str, why: str) -> Non
         ("loaders/families.py", "if TYPE_CHECKING:\n    from transformers import PreTrainedModel"),
         ("layer.py", "from quant_moelora import experts, lora\nfrom quant_moelora.core import packing"),
         ("integrations/peft.py", "import transformers\nfrom quant_moelora.layer import MoEExperts"),
-        ("cli.py", "from quant_moelora import __version__"),
+        ("cli/app.py", "from quant_moelora import __version__"),
     ],
 )
 def test_what_the_rule_allows(tmp_path: Path, file: str, source: str) -> None:

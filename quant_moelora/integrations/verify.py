@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from quant_moelora.core.errors import FormatError
 from quant_moelora.core.quant_info import MoEQuantInfo
@@ -114,7 +115,7 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     dense_layers = {} if dense is None else _dense_layers(dense, layers)
     projections: list[ProjectionReport] = []
     backends: list[LayerBackend] = []
-    for layer in layers:
+    for layer in tqdm(layers, desc="Dequantising experts", unit="layer", disable=None):
         info = load_layer(checkpoint, layer, "cpu")
         number = layer.spec.layer
         expected = None if dense is None else _dequantized(load_layer(dense, dense_layers[number], "cpu"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from quant_moelora.cli import describe
+from quant_moelora.cli.inspect import describe
 from quant_moelora.core.errors import UnsupportedError
 from quant_moelora.integrations.adapters import attach_adapters
 from quant_moelora.integrations.llama4 import route_in_block
