@@ -344,12 +344,33 @@ def _fused(
         known = fitting if len(fitting) == 1 else told
         swapped = next(iter(known)) if len(known) == 1 else _roles_swapped(form, folder, written_by)
         a_experts, b_experts = form.unfold(a, b, swapped)
+        _check_rank(config, form, a_experts.shape[1], folder)
         scaling = _scaling(config, form.name, a_experts.shape[1])
-        layer = factors.setdefault(form.spec.layer, {})
+        layer, blocks = factors.setdefault(form.spec.layer, {}), form.blocks(b_experts)
         for expert in range(form.spec.num_experts):
             a_one, b_one = a_experts[expert], b_experts[expert]
-            layer |= {(expert, p): Factor(a_one, b_one[form.rows(p)], scaling) for p in form.projections}
+            if len(blocks) == 1:  # the projections share the same tensor
+                layer |= {(expert, p): Factor(a_one, b_one[form.rows(p)], scaling) for p in form.projections}
+                continue
+            for p, ranks in zip(form.projections, blocks, strict=True):
+                layer[expert, p] = Factor(a_one[ranks], b_one[form.rows(p), ranks], scaling)
     return factors
+
+
+def _check_rank(config: LoraConfig, form: FusedForm, rank: int, folder: Path) -> None:
+    """Raise AdapterError unless a fused parameter has the config's rank: others divide its rows by E just as well."""
+    from peft.utils.other import get_pattern_key
+
+    patterns: dict[str, int] = config.rank_pattern or {}
+    expected = patterns.get(get_pattern_key(list(patterns), form.name), config.r)
+    if rank != expected:
+        raise AdapterError(
+            f"LoRA of {form.name} in {folder / WEIGHTS_FILE}",
+            got=f"factors of {rank * form.spec.num_experts} ranks for {form.spec.num_experts} experts",
+            rule=f"rank {expected} for each, as {CONFIG_FILE} says",
+            remedy="restore the config; per-expert LoRA of some of the experts only, which PEFT converts to this, "
+            "is served by quant_moelora.attach_adapters",
+        )
 
 
 def _spec_of(layers: Mapping[int, ExpertsSpec], number: int, module: str, folder: Path) -> ExpertsSpec:
