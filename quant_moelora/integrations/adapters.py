@@ -97,9 +97,10 @@ def adapter_context(
 ) -> Generator[None]:
     """Choose adapters for all forwards within the context, also where several sequences are packed into one row.
 
-    With ``lengths`` a forward takes one row, which holds the sequences one after the other, and each has a name. Experts,
-    routers and linear layers follow. That the sequences do not see one another is the caller's care: give position ids
-    that begin at 0 with each, and no attention mask, or an attention that takes lengths itself.
+    With ``lengths`` a forward takes one row, which holds the sequences one after the other, and each has a name.
+    Experts, routers and linear layers follow. That the sequences do not see one another is the caller's care:
+    transformers keeps them apart by position ids that begin at 0 with each, without an attention mask and with
+    ``use_cache=False``.
 
     Args:
         model: a model of `from_pretrained`, or PEFT's model around it.
@@ -342,9 +343,7 @@ class MoEAdapters(nn.Module, BaseTunerLayer):
     def _factors(self) -> dict[str, Factors]:
         return {**{name: adapter.layers for name, adapter in self.held.items()}, **self._combined}
 
-    def _add_to_fixed(
-        self, adapters: Mapping[str, Factors], size: Mapping[str, Any], undo: ExitStack
-    ) -> None:
+    def _add_to_fixed(self, adapters: Mapping[str, Factors], size: Mapping[str, Any], undo: ExitStack) -> None:
         """New adapters in the model's bank, which is made if it has none; with what undoes it."""
         bank = self._bank
         if bank is None:

@@ -107,8 +107,8 @@ def _config(path: Any, kwargs: Mapping[str, Any]) -> PreTrainedConfig | None:
 def _is_served(path: Any, config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> bool:
     """Whether a checkpoint's model and formats are served; of one with experts that is not, the log says why."""
     try:
-        folder = resolve_checkpoint(path, **{name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None})
-        checkpoint = Checkpoint(folder)
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        checkpoint = Checkpoint(resolve_checkpoint(path, **hub))
         model: PreTrainedModel = build_skeleton(checkpoint)
         specs = find_experts(model)
         if not specs:

@@ -1,9 +1,9 @@
 """PEFT on a model of ours: its own calls, whose adapters of experts and routers go where attach_adapters puts them.
 
-PEFT makes LoRA layers around modules and parameters, and fills them from a file afterwards. Packed experts have neither.
-So PEFT's table of tuners gets a `LoraModel` that lets the adapter be attached as a whole when its file has been read;
-for any other model it gives PEFT's own. All that switches adapters goes through PEFT's layers, of which `MoEAdapters` is
-one, so that the adapter methods of transformers' models follow too.
+PEFT makes LoRA layers around modules and parameters, and fills them from a file afterwards. Packed experts have
+neither. So PEFT's table of tuners gets a `LoraModel` that lets the adapter be attached as a whole when its file has
+been read; for any other model it gives PEFT's own. All that switches adapters goes through PEFT's layers, of which
+`MoEAdapters` is one, so that the adapter methods of transformers' models follow too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 def prepare(model: PreTrainedModel, session: AdapterSession) -> None:
     """Let PEFT and the adapter methods of transformers serve a model whose experts have been loaded."""
     model.add_module("moe_adapters", MoEAdapters(model, session))
-    model.load_adapter = functools.partial(load_into, model)
+    own: Any = model  # whose methods are assigned
+    own.load_adapter = functools.partial(load_into, model)
     model.register_load_state_dict_pre_hook(_refuse_unread)
     register()
 
@@ -84,7 +85,7 @@ class MoELoraModel(LoraModel):
         AdapterError: an adapter does not fit the model.
     """
 
-    tuner_layer_cls = BaseTunerLayer  # pyright: ignore[reportAssignmentType] - MoEAdapters is one, and no LoraLayer
+    tuner_layer_cls = BaseTunerLayer  # MoEAdapters is one, and no LoraLayer
 
     def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """PEFT's own tuner for a model of somebody else's."""
@@ -156,7 +157,7 @@ class MoELoraModel(LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
-        """Give the forwards within the context the names of their rows, of which fewer serve beams, as everywhere here."""
+        """Give the forwards within the context the names of their rows; fewer of them serve beams, as elsewhere."""
         names: Sequence[str] | None = kwargs.get(ADAPTER_NAMES)
         if names is None:
             yield
@@ -208,7 +209,6 @@ class MoELoraModel(LoraModel):
             config, tensors = adapter_tensors(combined, held.specs, "fused", model_type)
         except AdapterError:  # it is not on all experts
             config, tensors = adapter_tensors(combined, held.specs, "per_expert", model_type)
-        tensors = {key: tensor for key, tensor in tensors.items()}
         held.attach({adapter_name: dataclasses.replace(combined, config=config, tensors=tensors)})
         self.peft_config[adapter_name] = config
 
@@ -235,11 +235,12 @@ def _set_adapter(held: MoEAdapters, names: list[str]) -> None:
 
 
 def load_into(
-    model: PreTrainedModel,
+    model: Any,
     peft_model_id: str | Path | None = None,
     adapter_name: str | None = None,
     peft_config: LoraConfig | None = None,
     adapter_state_dict: dict[str, Tensor] | None = None,
+    low_cpu_mem_usage: bool = False,
     is_trainable: bool = False,
     hotswap: bool | str = "auto",
     adapter_kwargs: Mapping[str, Any] | None = None,
@@ -253,6 +254,7 @@ def load_into(
         adapter_name: the name to give it; "default" if there is none.
         peft_config: its config, if it is given by tensors.
         adapter_state_dict: its tensors.
+        low_cpu_mem_usage: means nothing here.
         is_trainable: must be False.
         hotswap: must not be True.
         adapter_kwargs: of the hub: revision, token, cache_dir, local_files_only, subfolder.
@@ -288,6 +290,6 @@ def load_into(
     held.attach({name: adapter})
     _set_adapter(held, [name])
     model.peft_config = {**getattr(model, "peft_config", {}), name: adapter.config}
-    model._hf_peft_config_loaded = True  # pyright: ignore[reportPrivateUsage] - by which transformers knows
+    model._hf_peft_config_loaded = True  # by which transformers knows
     empty = {f.name: [] if f.name == "error_msgs" else set[Any]() for f in dataclasses.fields(LoadStateDictInfo)}
     return LoadStateDictInfo(**{**empty, "conversion_errors": {}})  # pyright: ignore[reportArgumentType]

@@ -245,10 +245,15 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         """Saving the packed model is not possible yet."""
         return False
 
-    # Trainer refuses to be made for a model that says no to either, also where it is only to evaluate. That experts
-    # cannot be trained yet is said by their forward.
-    is_trainable = True  # pyright: ignore[reportAssignmentType] - a property there
-    is_qat_trainable = True  # pyright: ignore[reportAssignmentType]
+    @property
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - untyped there
+        """True: Trainer would not evaluate otherwise. That experts cannot be trained yet, their forward says."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """As `is_trainable`; Trainer asks it for a model without adapters."""
+        return True
 
 
 # transformers keeps a table of methods of its own; as decorators these two would hide the classes from type checkers.

@@ -255,13 +255,10 @@ def _snapshot(repository: str, subfolder: str, hub: Mapping[str, Any]) -> Path:
 
     below = f"{subfolder.rstrip('/')}/" if subfolder else ""
     wanted = [below + pattern for pattern in ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")]
+    # Some repositories hold the weights a second time, under the names of their authors' own code.
+    twice = [below + pattern for pattern in ("original/*", "consolidated*")]
     try:
-        # Some repositories hold the weights a second time, under the names of their authors' own code.
-        return Path(
-            snapshot_download(
-                repository, allow_patterns=wanted, ignore_patterns=["original/*", "consolidated*"], **hub
-            )
-        )
+        return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=twice, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FormatError(
             f"checkpoint {repository}",

@@ -21,8 +21,8 @@ def combine(
 ) -> tuple[dict[int, LayerFactors], dict[str, Factor]]:
     """Factors of the experts, by layer, and of other modules, of the weighted sum of adapters.
 
-    ``cat`` is that sum exactly, its rank the sum of the ranks: A = the weight * scaling * A of all, one below the other,
-    and B of all side by side. ``linear`` adds up A and B, each times the square root of weight * scaling, which is
+    ``cat`` is that sum exactly, its rank the sum of the ranks: weight * scaling * A of all, one below the other, and B
+    of all side by side. ``linear`` adds up A and B, each times the square root of weight * scaling, which is
     another matrix than the sum of the products (PEFT's words: a very rough approximation). A module that some of the
     adapters leave alone is combined from the others. Factors are float32, their scaling is 1.
 
@@ -39,7 +39,7 @@ def combine(
             f"combination of adapters {', '.join(adapters)}",
             got=f"{combination!r} with {len(weights)} weights",
             rule=f"{' or '.join(get_args(Combination))}, and a weight for each adapter",
-            remedy="others, such as svd and ties, need the deltas of all experts in full: combine the adapters elsewhere",
+            remedy="others, such as svd and ties, need all experts' deltas in full: combine the adapters elsewhere",
         )
     sums = _Sums(combination)
     held = list(zip(adapters.items(), weights, strict=True))

@@ -68,9 +68,10 @@ class FusedForm:
         """
         places, rank = len(self.projections), b.shape[2]
         ranks = [slice(rank * place // places, rank * (place + 1) // places) for place in range(places)]
-        foreign = ((p, other) for p, own in zip(self.projections, ranks, strict=True) for other in ranks if other != own)
-        if rank % places or any(b[:, self.rows(p), other].any() for p, other in foreign):
-            return [slice(0, rank)]
+        for projection, own in zip(self.projections, ranks, strict=True):
+            rows = b[:, self.rows(projection)]
+            if rank % places or any(rows[..., other].any() for other in ranks if other != own):
+                return [slice(0, rank)]
         return ranks
 
     def swapped_by(self, peft: Version) -> bool:
