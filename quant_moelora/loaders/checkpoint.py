@@ -250,9 +250,11 @@ def resolve_checkpoint(
 
 def _snapshot(repository: str, subfolder: str, hub: Mapping[str, Any]) -> Path:
     """A snapshot of a hub repository, or as much of it as a subfolder needs."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    # huggingface_hub 1 asks the hub for a commit that is in the cache, also offline.
+    hub = {**hub, "local_files_only": hub["local_files_only"] or constants.HF_HUB_OFFLINE}
     below = f"{subfolder.rstrip('/')}/" if subfolder else ""
     wanted = [below + pattern for pattern in ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")]
     # Some repositories hold the weights a second time, under the names of their authors' own code.
