@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,11 @@ from quant_moelora.lora.bank import AdapterBank as AdapterBank
 from quant_moelora.lora.requests import adapter_ids as adapter_ids
 
 if TYPE_CHECKING:
+    from quant_moelora.integrations.adapters import adapter_context as adapter_context
     from quant_moelora.integrations.adapters import attach_adapters as attach_adapters
     from quant_moelora.integrations.adapters import detach_adapters as detach_adapters
+    from quant_moelora.integrations.install import install as install
+    from quant_moelora.integrations.install import uninstall as uninstall
     from quant_moelora.integrations.transformers import from_pretrained as from_pretrained
 
 try:
@@ -30,22 +34,30 @@ __all__ = [
     "QuantMoELoRAError",
     "QuantScheme",
     "__version__",
+    "adapter_context",
     "adapter_ids",
     "attach_adapters",
     "detach_adapters",
     "from_pretrained",
+    "install",
     "load_experts",
+    "uninstall",
 ]
+
+
+# What needs transformers, by module.
+_INTEGRATIONS = {
+    "adapter_context": "adapters",
+    "attach_adapters": "adapters",
+    "detach_adapters": "adapters",
+    "from_pretrained": "transformers",
+    "install": "install",
+    "uninstall": "install",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs transformers when it is first asked for: it takes seconds."""
-    if name == "from_pretrained":
-        from quant_moelora.integrations.transformers import from_pretrained
-
-        return from_pretrained
-    if name in ("attach_adapters", "detach_adapters"):
-        from quant_moelora.integrations import adapters
-
-        return getattr(adapters, name)
+    if name in _INTEGRATIONS:
+        return getattr(import_module(f"quant_moelora.integrations.{_INTEGRATIONS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,52 +6,35 @@ linear layers (attention and others) with its own mixed-batch forward, which tak
 
 from __future__ import annotations
 
-import copy
-import functools
-import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quant_moelora.core.errors import AdapterError, UnsupportedError
 from quant_moelora.core.routing import BASE_SLOT
+from quant_moelora.integrations.linears import check_linears, eject_linears, find_module, inject_linears, lead
 from quant_moelora.integrations.routers import attach_routers, detach_routers, on_device, routers_of
-from quant_moelora.integrations.session import ADAPTER_NAMES, BASE_NAME, AdapterSession
+from quant_moelora.integrations.session import BASE_NAME, AdapterSession
 from quant_moelora.integrations.transformers import FusedExperts, experts_of
 from quant_moelora.layer import MoEExperts
 from quant_moelora.loaders.checkpoint import resolve_checkpoint
+from quant_moelora.loaders.families import ExpertsSpec
 from quant_moelora.loaders.names import model_names
 from quant_moelora.lora.adapter_file import Adapter, Factor, LayerFactors, load_adapter
 from quant_moelora.lora.bank import AdapterBank
+from quant_moelora.lora.combine import combine
 
-_ATTACHED = "_quant_moelora_adapters"  # attribute of the model, its _Attached, and of PEFT layers with our hook
-
-
-@dataclass(eq=False)
-class _Attached:
-    """What attach_adapters has put on a model.
-
-    Attributes:
-        bank: the experts' adapters; None if there are none.
-        fixed: whether it was made for adapters to come, too; otherwise it is made anew whenever some are attached.
-        factors: of all attached adapters, by name; empty ones if the bank is fixed.
-    """
-
-    bank: AdapterBank | None = None
-    fixed: bool = False
-    factors: dict[str, dict[int, LayerFactors]] = field(default_factory=dict)
+Factors = dict[int, LayerFactors]  # of an adapter, by layer
 
 
 def attach_adapters(
-    model: PreTrainedModel,
+    model: nn.Module,
     adapters: Mapping[str, str | Path],
     *,
     max_adapters: int | None = None,
@@ -61,7 +44,8 @@ def attach_adapters(
     """Attach adapters to a model of `from_pretrained`, in addition to those it has.
 
     Afterwards ``model(..., adapter_names=[...])`` and ``model.generate(..., adapter_names=[...])`` take one name a row,
-    ``__base__`` for none. Without ``adapter_names`` every row uses the base model.
+    ``__base__`` for none. Without ``adapter_names`` every row uses the active adapters, of which there are none unless
+    ``set_adapter`` makes some: else the base model.
 
     The experts' adapters stand in an `AdapterBank`. It has just the room that they need, and others that are attached
     later get a new one; unless the first call, which may attach none, says how much room there is to be. Then what is
@@ -80,39 +64,16 @@ def attach_adapters(
         BackendError: a CUDA graph was captured without adapters; then none is attached either.
         UnsupportedError: the model is not one of `from_pretrained`.
     """
-    experts = _experts(model)
-    session = next(iter(experts.values())).session
-    held: _Attached = getattr(model, _ATTACHED, None) or _Attached()
-    size = _size(held, max_adapters, max_rank, capacity_bytes)
-    specs = [module.spec for module in experts.values()]
-    routers = routers_of(model, specs)
+    held = adapters_of(model)
+    size = held.size(max_adapters, max_rank, capacity_bytes)
     loaded: dict[str, Adapter] = {}
-    routed: dict[str, dict[str, Factor]] = {}
     for name, path in adapters.items():
-        _check_name(name, session.slots)
-        loaded[name] = _as_in_model(load_adapter(resolve_checkpoint(path), specs), model)
-        _check_linears(model, loaded[name], routers)
-        routed[name] = {n: on_device(f, routers[n]) for n, f in loaded[name].linears.items() if n in routers}
-    factors = {name: adapter.layers for name, adapter in loaded.items()}
-    with ExitStack() as undo:
-        if held.fixed or size:
-            held = _in_fixed_bank(held, experts, factors, model.dtype, size, undo)
-        elif factors:
-            held = _in_new_bank({**held.factors, **factors}, experts, model.dtype, undo)
-        try:
-            for name, adapter in loaded.items():
-                undo.callback(_eject_linears, model, name)
-                _inject_linears(model, name, adapter, {n: f for n, f in adapter.linears.items() if n not in routers})
-        finally:
-            # Without names a PEFT layer applies its newest adapter to every row, also after a failure in between.
-            _hook_linears(model, session)
-        undo.pop_all()
-    attach_routers(routers, routed, session)
-    session.slots = _slots(held)
-    setattr(model, _ATTACHED, held)
+        held.check_name(name)
+        loaded[name] = load_adapter(resolve_checkpoint(path), held.specs)
+    held.attach(loaded, size)
 
 
-def detach_adapters(model: PreTrainedModel, names: Iterable[str]) -> None:
+def detach_adapters(model: nn.Module, names: Iterable[str]) -> None:
     """Detach adapters from a model. Their names and their room are free again; the addresses of others stay.
 
     Args:
@@ -123,133 +84,303 @@ def detach_adapters(model: PreTrainedModel, names: Iterable[str]) -> None:
         AdapterError: one is not attached; then none of them is detached.
         UnsupportedError: the model is not one of `from_pretrained`.
     """
-    experts, names = _experts(model), list(dict.fromkeys(names))
-    session = next(iter(experts.values())).session
-    unknown = [name for name in names if name not in session.slots]
-    if unknown:
-        raise AdapterError(
-            "detaching adapters",
-            got=f"unknown {', '.join(unknown)}",
-            rule=f"attached ones: {', '.join(session.slots) or 'none is'}",
-            remedy="correct the name",
-        )
-    held: _Attached = getattr(model, _ATTACHED, None) or _Attached()
+    held, names = adapters_of(model), list(dict.fromkeys(names))
+    held.check_attached("detaching adapters", names)
     for name in names:
-        if session.slots[name] != BASE_SLOT:
-            assert held.bank is not None  # which gave the slot
-            held.bank.remove(name)
-        _eject_linears(model, name)
-        del held.factors[name]
-    detach_routers(routers_of(model, [module.spec for module in experts.values()]), names)
-    session.slots = _slots(held)
+        eject_linears(held.model, name)
+        held.drop(name)
 
 
-def _experts(model: nn.Module) -> dict[str, FusedExperts]:
-    """The experts of a model of `from_pretrained`, by name; UnsupportedError if it is none."""
-    experts = experts_of(model)
-    if not experts:
-        raise UnsupportedError(
-            f"model {type(model).__name__}",
-            got="no experts of this library",
-            rule="a model loaded by quant_moelora.from_pretrained",
-            remedy="load the model with it",
-        )
-    return experts
+@contextmanager
+def adapter_context(
+    model: nn.Module, adapter_names: Sequence[str], lengths: Sequence[int] | Tensor | None = None
+) -> Generator[None]:
+    """Choose adapters for all forwards within the context, also where several sequences are packed into one row.
 
+    With ``lengths`` a forward takes one row, which holds the sequences one after the other, and each has a name.
+    Experts, routers and linear layers follow. That the sequences do not see one another is the caller's care:
+    transformers keeps them apart by position ids that begin at 0 with each, without an attention mask and with
+    ``use_cache=False``.
 
-def _size(
-    held: _Attached, max_adapters: int | None, max_rank: int | None, capacity_bytes: int | None
-) -> dict[str, int | None]:
-    """Arguments for a bank of the size that the caller asks for; none if no size is given.
+    Args:
+        model: a model of `from_pretrained`, or PEFT's model around it.
+        adapter_names: one a row, or one a sequence; ``__base__`` for none.
+        lengths: (sequences,) int, tokens of each sequence, whose sum is that of the row; they are read on the host.
 
     Raises:
-        AdapterError: it is given in part, or the model has its bank.
+        AdapterError: an unknown name, or not as many names as lengths; in a forward, lengths that are not its row's, or
+            other names besides.
+        UnsupportedError: the model is not one of `from_pretrained`.
     """
-    given = {"max_adapters": max_adapters, "max_rank": max_rank, "capacity_bytes": capacity_bytes}
-    named = [f"{name}={value}" for name, value in given.items() if value is not None]
-    if named and (max_adapters is None or max_rank is None or held.bank is not None):
-        raise AdapterError(
-            "size of the adapter bank",
-            got=", ".join(named) + ("" if held.bank is None else " for a model that has its bank"),
-            rule="max_adapters and max_rank, at the first attach_adapters of a model",
-            remedy="give both at first, or neither",
+    held = adapters_of(model)
+    if isinstance(lengths, Tensor):
+        lengths = [int(length) for length in lengths.tolist()]
+    with held.session.use(adapter_names, lengths):
+        yield
+
+
+def adapters_of(model: nn.Module) -> MoEAdapters:
+    """The adapters of a model of `from_pretrained`, or of PEFT's model around it; UnsupportedError if it is none."""
+    for module in model.modules():
+        if isinstance(module, MoEAdapters):
+            return module
+    raise UnsupportedError(
+        f"model {type(model).__name__}",
+        got="no experts of this library",
+        rule="a model loaded by quant_moelora.from_pretrained",
+        remedy="load the model with it",
+    )
+
+
+class MoEAdapters(nn.Module, BaseTunerLayer):
+    """The adapters of a model: for PEFT and transformers, one more layer of LoRA, which they switch as all others.
+
+    It is a module of the model, without parameters: factors of experts are in the bank, those of routers with these.
+
+    Attributes:
+        session: which of them the rows of a forward use.
+        held: the attached adapters, in host memory, by name.
+        expected: adapters that PEFT has announced and not yet brought, and whether each is to be active then.
+    """
+
+    adapter_layer_names = ("lora_A",)  # where PEFT looks for names
+
+    def __init__(self, model: PreTrainedModel, session: AdapterSession) -> None:
+        super().__init__()
+        self.lora_A = nn.ModuleDict()
+        self._active_adapter = []
+        self.session = session
+        self.held: dict[str, Adapter] = {}
+        self.expected: dict[str, bool] = {}
+        self._model = (model,)  # no submodule
+        self._bank: AdapterBank | None = None
+        self._fixed = False  # whether the bank was made for adapters to come; else it is made anew for each attachment
+        self._combined: dict[str, Factors] = {}  # of the active adapters together, under the names of all of them
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model whose adapters these are."""
+        return self._model[0]
+
+    @property
+    def experts(self) -> list[FusedExperts]:
+        """The model's experts, layer by layer."""
+        return list(experts_of(self.model).values())
+
+    @property
+    def specs(self) -> list[ExpertsSpec]:
+        """What they are."""
+        return [module.spec for module in self.experts]
+
+    def check_name(self, name: str) -> None:
+        """Raise AdapterError unless an adapter can have this name."""
+        # PEFT holds adapters in ModuleDicts, which have attributes of their own. Dots join names of a combination.
+        if name in self.held or name == BASE_NAME or not name or "." in name or hasattr(nn.ModuleDict(), name):
+            raise AdapterError(
+                "adapter name",
+                got=repr(name),
+                rule=f"a new name without dots, other than {BASE_NAME} (attached: {', '.join(self.held) or 'none'}) "
+                "and the attributes of a torch module",
+                remedy="choose another name",
+            )
+
+    def check_attached(self, what: str, names: Iterable[str]) -> None:
+        """Raise AdapterError if one of the names is not attached."""
+        unknown = [name for name in names if name not in self.held]
+        if unknown:
+            raise AdapterError(
+                what,
+                got=f"unknown {', '.join(unknown)}",
+                rule=f"attached ones: {', '.join(self.held) or 'none is'}",
+                remedy="correct the name",
+            )
+
+    def size(self, max_adapters: int | None, max_rank: int | None, capacity_bytes: int | None) -> dict[str, int | None]:
+        """Arguments for a bank of the size that the caller asks for; none if no size is given.
+
+        Raises:
+            AdapterError: it is given in part, or the model has its bank.
+        """
+        given = {"max_adapters": max_adapters, "max_rank": max_rank, "capacity_bytes": capacity_bytes}
+        named = [f"{name}={value}" for name, value in given.items() if value is not None]
+        if named and (max_adapters is None or max_rank is None or self._bank is not None):
+            raise AdapterError(
+                "size of the adapter bank",
+                got=", ".join(named) + ("" if self._bank is None else " for a model that has its bank"),
+                rule="max_adapters and max_rank, at the first attach_adapters of a model",
+                remedy="give both at first, or neither",
+            )
+        return given if named else {}
+
+    def attach(self, adapters: Mapping[str, Adapter], size: Mapping[str, int | None] | None = None) -> None:
+        """Attach adapters; no other ones become active by that.
+
+        Args:
+            adapters: by name, as they are in their files.
+            size: of `size`.
+
+        Raises:
+            AdapterError, BackendError: see `attach_adapters`; then none is attached.
+        """
+        routers = routers_of(self.model, self.specs)
+        adapters = {name: _as_in_model(adapter, self.model) for name, adapter in adapters.items()}
+        for name, adapter in adapters.items():
+            self.check_name(name)
+            check_linears(self.model, adapter, routers)
+        factors = {name: adapter.layers for name, adapter in adapters.items()}
+        with ExitStack() as undo:
+            if self._fixed or size:
+                self._add_to_fixed(factors, size or {}, undo)
+            elif factors:
+                self._replace_bank({**self._factors(), **factors}, undo)
+            try:
+                for name, adapter in adapters.items():
+                    undo.callback(eject_linears, self.model, name)
+                    linears = {n: f for n, f in adapter.linears.items() if n not in routers}
+                    inject_linears(self.model, name, adapter, linears)
+            finally:
+                lead(self.model, self.session)  # PEFT makes its newest adapter active, also where it then fails
+            undo.pop_all()
+        routed = {name: _on_routers(adapter.linears, routers) for name, adapter in adapters.items()}
+        attach_routers(routers, routed, self.session)
+        self.held |= adapters
+        self.lora_A.update({name: nn.Identity() for name in adapters})
+        self._follow()
+
+    def drop(self, name: str) -> None:
+        """Take an attached adapter away from experts and routers, and out of the active ones."""
+        if name in self.session.active:
+            super().set_adapter([active for active in self.session.active if active != name], inference_mode=True)
+            self._activate()
+        if self.session.slots[name] != BASE_SLOT:
+            assert self._bank is not None  # which gave the slot
+            self._bank.remove(name)
+        del self.held[name]
+        if name in self.lora_A:
+            del self.lora_A[name]
+        detach_routers(routers_of(self.model, self.specs), [name])
+        self._follow()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Let rows without a name use these adapters, all of them at once.
+
+        Raises:
+            AdapterError: one is not attached; or together they do not fit into a bank of a fixed size.
+        """
+        super().set_adapter(adapter_names, inference_mode)
+        self._activate()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Use adapters, or the base model for every row."""
+        super().enable_adapters(enabled)
+        self.session.enabled = enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Detach an adapter; if no other one is active, PEFT makes one so."""
+        if adapter_name in self.held:
+            was_active = list(self.active_adapters)
+            self.drop(adapter_name)
+            super().set_adapter(was_active, inference_mode=True)  # from which PEFT takes it out itself
+            super().delete_adapter(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: codes of the experts would have to be made anew.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            "merging adapters",
+            got="packed experts",
+            rule="no merging, since a delta is smaller than the steps of quantised weights",
+            remedy="serve the adapter unmerged, or merge it into the dense model",
         )
-    return given if named else {}
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def _activate(self) -> None:
+        """Tell the session which adapters are active, and let those that are more than one be added up."""
+        active = self.active_adapters
+        self.check_attached("active adapters", active)
+        together = [".".join(active)] if len(active) > 1 else []
+        if together != list(self._combined):
+            self._separate()
+            for name in together:
+                self._combine(name, active)
+        self.session.active = tuple(active)
+
+    def _separate(self) -> None:
+        """Take the sum of adapters out of bank and routers, if there is one."""
+        detach_routers(routers_of(self.model, self.specs), self._combined)
+        for name, slot in self.session.combined.items():
+            if slot != BASE_SLOT:
+                assert self._bank is not None  # which gave the slot
+                self._bank.remove(name)
+        self._combined = {}
+        self._follow()
+
+    def _combine(self, together: str, names: Sequence[str]) -> None:
+        """Put the sum of adapters into bank and routers, under a name of its own."""
+        layers, linears = combine({name: self.held[name] for name in names}, [1.0] * len(names), "cat")
+        routers = routers_of(self.model, self.specs)
+        with ExitStack() as undo:
+            if self._fixed:
+                self._add_to_fixed({together: layers}, {}, undo)
+            else:
+                self._replace_bank({**self._factors(), together: layers}, undo)
+            undo.pop_all()
+        self._combined = {together: layers}
+        attach_routers(routers, {together: _on_routers(linears, routers)}, self.session)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Take slots from the bank as it is now."""
+        slots = {} if self._bank is None else {n: one.slot for n, one in self._bank.report().adapters.items()}
+        self.session.slots = {name: slots.get(name, BASE_SLOT) for name in self.held}
+        self.session.combined = {name: slots.get(name, BASE_SLOT) for name in self._combined}
+
+    def _factors(self) -> dict[str, Factors]:
+        return {**{name: adapter.layers for name, adapter in self.held.items()}, **self._combined}
+
+    def _add_to_fixed(self, adapters: Mapping[str, Factors], size: Mapping[str, Any], undo: ExitStack) -> None:
+        """New adapters in the model's bank, which is made if it has none; with what undoes it."""
+        bank = self._bank
+        if bank is None:
+            bank = AdapterBank({m.spec.layer: _moe(m).info for m in self.experts}, self.model.dtype, **size)
+            self._put_bank(bank, True, undo)
+        for name, factors in adapters.items():
+            if any(factors.values()):
+                bank.add(name, factors)
+                undo.callback(bank.remove, name)
+
+    def _replace_bank(self, adapters: dict[str, Factors], undo: ExitStack) -> None:
+        """All adapters in a bank of just their size, for the layers that one of them touches; with what undoes it."""
+        touched = {layer for factors in adapters.values() for layer, held in factors.items() if held}
+        infos = {m.spec.layer: _moe(m).info for m in self.experts if m.spec.layer in touched}
+        bank = AdapterBank.sized_to(infos, adapters, self.model.dtype) if infos else None
+        self._put_bank(bank, False, undo)
+
+    def _put_bank(self, bank: AdapterBank | None, fixed: bool, undo: ExitStack) -> None:
+        """Let every layer serve its context, or the base if it has none."""
+        contexts = {} if bank is None else bank.contexts
+        for module in self.experts:
+            moe = _moe(module)
+            before = moe.injection.ctx
+            moe.attach(contexts.get(module.spec.layer))
+            undo.callback(moe.attach, before)
+        undo.callback(setattr, self, "_bank", self._bank)
+        undo.callback(setattr, self, "_fixed", self._fixed)
+        self._bank, self._fixed = bank, fixed
 
 
-def _in_fixed_bank(
-    held: _Attached,
-    experts: Mapping[str, FusedExperts],
-    adapters: Mapping[str, dict[int, LayerFactors]],
-    dtype: torch.dtype,
-    size: Mapping[str, Any],
-    undo: ExitStack,
-) -> _Attached:
-    """New adapters in the model's bank, which is made if it has none; with what undoes it."""
-    bank = held.bank
-    if bank is None:
-        bank = AdapterBank({module.spec.layer: _moe(module).info for module in experts.values()}, dtype, **size)
-        _attach_bank(bank, experts, undo)
-    for name, factors in adapters.items():
-        if any(factors.values()):
-            bank.add(name, factors)
-            undo.callback(bank.remove, name)
-    return _Attached(bank, True, {**held.factors, **{name: {} for name in adapters}})
-
-
-def _in_new_bank(
-    adapters: dict[str, dict[int, LayerFactors]],
-    experts: Mapping[str, FusedExperts],
-    dtype: torch.dtype,
-    undo: ExitStack,
-) -> _Attached:
-    """All adapters in a bank of just their size, for the layers that one of them touches; with what undoes it."""
-    touched = {layer for factors in adapters.values() for layer, held in factors.items() if held}
-    infos = {module.spec.layer: _moe(module).info for module in experts.values() if module.spec.layer in touched}
-    bank = AdapterBank.sized_to(infos, adapters, dtype) if infos else None
-    _attach_bank(bank, experts, undo)
-    return _Attached(bank, False, adapters)
-
-
-def _attach_bank(bank: AdapterBank | None, experts: Mapping[str, FusedExperts], undo: ExitStack) -> None:
-    """Let every layer serve its context, or the base if it has none."""
-    contexts = {} if bank is None else bank.contexts
-    for module in experts.values():
-        moe = _moe(module)
-        before = moe.injection.ctx
-        moe.attach(contexts.get(module.spec.layer))
-        undo.callback(moe.attach, before)
+def _on_routers(linears: Mapping[str, Factor], routers: Mapping[str, nn.Module]) -> dict[str, Factor]:
+    return {name: on_device(factor, routers[name]) for name, factor in linears.items() if name in routers}
 
 
 def _moe(module: FusedExperts) -> MoEExperts:
     assert module.moe is not None  # from_pretrained
     return module.moe
-
-
-def _slots(held: _Attached) -> dict[str, int]:
-    """Slot of each attached adapter."""
-    slots = {} if held.bank is None else {name: one.slot for name, one in held.bank.report().adapters.items()}
-    return {name: slots.get(name, BASE_SLOT) for name in held.factors}
-
-
-def _check_name(name: str, attached: Iterable[str]) -> None:
-    # PEFT holds adapters in ModuleDicts, which have attributes of their own.
-    if name in attached or name == BASE_NAME or not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise AdapterError(
-            "adapter name",
-            got=repr(name),
-            rule=f"a new name without dots, other than {BASE_NAME} (attached: {', '.join(attached) or 'none'}) "
-            "and the attributes of a torch module",
-            remedy="choose another name",
-        )
-
-
-def _base_linear(model: nn.Module, name: str) -> nn.Linear | None:
-    """The linear layer of that name, through PEFT's wrapper if it has one; None if there is none."""
-    module = _module(model, name)
-    if isinstance(module, LoraLayer):
-        module = module.get_base_layer()
-    return module if isinstance(module, nn.Linear) else None
 
 
 def _as_in_model(adapter: Adapter, model: PreTrainedModel) -> Adapter:
@@ -264,7 +395,7 @@ def _as_in_model(adapter: Adapter, model: PreTrainedModel) -> Adapter:
     linears: dict[str, Factor] = {}
     for name, factor in adapter.linears.items():
         key, converted = name_of(f"{name}.weight")
-        own = name if converted or _module(model, name) is not None else key.removesuffix(".weight")
+        own = name if converted or find_module(model, name) is not None else key.removesuffix(".weight")
         if own in linears:
             raise AdapterError(
                 f"adapter {adapter.path}",
@@ -274,89 +405,3 @@ def _as_in_model(adapter: Adapter, model: PreTrainedModel) -> Adapter:
             )
         linears[own] = factor
     return replace(adapter, linears=linears)
-
-
-def _module(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
-
-
-def _check_linears(model: nn.Module, adapter: Adapter, routers: Mapping[str, nn.Module]) -> None:
-    """Raise unless every other module of the adapter is a linear layer or router of the model, of its dimensions.
-
-    Raises:
-        AdapterError: it is not.
-    """
-    for name, factor in adapter.linears.items():
-        module = routers.get(name) or _base_linear(model, name)
-        if module is None:
-            raise AdapterError(
-                f"adapter {adapter.path}",
-                got=f"LoRA on {name}, which is no linear layer, router or routed expert of the model",
-                rule="modules of the model",
-                remedy="attach the adapter to the model it was trained on; embeddings are not served",
-            )
-        rank, (n, k) = factor.a.shape[0], module.get_parameter("weight").shape
-        if (tuple(factor.a.shape), tuple(factor.b.shape)) != ((rank, k), (n, rank)):
-            raise AdapterError(
-                f"LoRA of {name} in {adapter.path}",
-                got=f"A {list(factor.a.shape)}, B {list(factor.b.shape)}",
-                rule=f"A [r, {k}] and B [{n}, r]",
-                remedy="attach the adapter to the model it was trained on",
-            )
-
-
-def _inject_linears(model: PreTrainedModel, name: str, adapter: Adapter, linears: Mapping[str, Factor]) -> None:
-    """Let PEFT put its layers around the adapter's plain linears, and fill them."""
-    if not linears:
-        return
-    config = copy.deepcopy(adapter.config)
-    config.target_modules = list(linears)
-    config.target_parameters = None
-    config.exclude_modules = None
-    config.layers_to_transform = None
-    # The ranks of the file, exactly, and alphas that give its scalings without PEFT's patterns entering twice.
-    config.use_rslora = False
-    config.lora_dropout = 0.0  # of training; PEFT's new layers would start in training mode
-    config.rank_pattern = {module: factor.a.shape[0] for module, factor in linears.items()}
-    config.alpha_pattern = {module: f.scaling * f.a.shape[0] for module, f in linears.items()}
-    # PEFT freezes the base. torch chooses between matrix products by requires_grad, which would change the base's bits.
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # which is what is wanted
-        inject_adapter_in_model(config, model, name)
-    for parameter in trainable:
-        parameter.requires_grad_(True)
-    with torch.no_grad():
-        for module_name, factor in linears.items():
-            module = model.get_submodule(module_name)
-            assert isinstance(module, LoraLayer)  # inject_adapter_in_model
-            for held, tensor in ((module.lora_A[name], factor.a), (module.lora_B[name], factor.b)):
-                held.get_parameter("weight").copy_(tensor).requires_grad_(False)
-
-
-def _eject_linears(model: nn.Module, name: str) -> None:
-    """Take an adapter out of PEFT's layers, which stay."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            # Otherwise PEFT would make another one active, and trainable. Rows have names, so that none need be.
-            module.set_adapter([])
-            module.delete_adapter(name)
-    getattr(model, "peft_config", {}).pop(name, None)
-
-
-def _hook_linears(model: nn.Module, session: AdapterSession) -> None:
-    """Give every PEFT layer the names of its rows at each call; PEFT's model class would do it, ours is the model."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and not getattr(module, _ATTACHED, False):
-            module.register_forward_pre_hook(functools.partial(_pass_names, session), with_kwargs=True)
-            setattr(module, _ATTACHED, True)
-
-
-def _pass_names(
-    session: AdapterSession, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    x: Tensor = args[0]
-    return args, {**kwargs, ADAPTER_NAMES: session.row_names(x.shape[0])}

@@ -47,7 +47,7 @@ class RouterLoRA:
 
     def _route(self, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """``output`` with the rows of every adapter of the batch that has factors here."""
-        places = {name: place for place, name in enumerate(self._session.slots)}
+        places = self._session.places
         present = [name for name in places if name in self._session.chosen & self.factors.keys()]
         if not present:
             return output

@@ -7,6 +7,7 @@ loading path serves the library and transformers.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -43,6 +44,10 @@ METHOD = "quant_moelora"
 # Checkpoint keys that our own loader reads, so that transformers need not report them.
 _EXPERT_KEYS = rf"\.experts\.(\d+\.|({'|'.join(PARAMETERS)})([._]\w+)?$)"
 _QUANTIZED_KEYS = rf"\.({'|'.join(sorted(QUANTIZED_SUFFIXES))})$"
+# Arguments of transformers' from_pretrained that say where a checkpoint is; those of `resolve_checkpoint`.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+# Strategies of accelerate for spreading a model over devices.
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 _EXPERTS_TARGET = re.compile(r"(^|\.)experts\.")
 
 
@@ -67,7 +72,18 @@ class FusedExperts(nn.Module):
         top_k_index: Tensor,  # (tokens, k)
         top_k_weights: Tensor,  # (tokens, k)
     ) -> Tensor:  # (tokens, H)
-        """Weighted sum of each token's experts, with the adapter of the token's row."""
+        """Weighted sum of each token's experts, with the adapter of the token's row.
+
+        Raises:
+            UnsupportedError: the model is being trained.
+        """
+        if self.training and torch.is_grad_enabled():
+            raise UnsupportedError(
+                "training",
+                got="a forward of packed experts in training mode",
+                rule="model.eval(), or torch.no_grad()",
+                remedy="train the adapter on another copy of the model, and attach it here",
+            )
         assert self.moe is not None  # the quantizer fills every module or raises
         slots = self.session.token_slots(hidden_states.shape[0], hidden_states.device)
         if self.moe.injection.ctx is None:
@@ -220,6 +236,9 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         if load.linears:
             logger.info("%d quantised linear layers beside the experts were dequantised", len(load.linears))
         model.forward = with_adapter_names(model.forward, self.session)
+        from quant_moelora.integrations.peft import prepare  # which needs this module
+
+        prepare(model, self.session)
         return model
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - untyped there
@@ -228,8 +247,13 @@ class QuantMoELoRAQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - untyped there
-        """Adapters of the experts cannot be trained yet."""
-        return False
+        """True: Trainer would not evaluate otherwise. That experts cannot be trained yet, their forward says."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """As `is_trainable`; Trainer asks it for a model without adapters."""
+        return True
 
 
 # transformers keeps a table of methods of its own; as decorators these two would hide the classes from type checkers.
@@ -246,6 +270,9 @@ def from_pretrained(
     tuned_configs: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a Mixture-of-Experts model with packed experts that can carry adapters.
@@ -253,24 +280,50 @@ def from_pretrained(
     Args:
         path: folder of a checkpoint, or a repository of the hub.
         dtype: activation dtype and that of everything but the experts' codes and scales; None takes the checkpoint's.
-        device_map: one device for the whole model, as a device or ``{"": device}``; None is the CPU.
+        device_map: one device for the whole model, as a device or ``{"": device}``; None is the CPU, and "auto" (or
+            another strategy of accelerate) the GPU if there is one, else the CPU.
         backend: experts backend, or ``auto``.
         tuned_configs: folder of tuned tiles; see `MoEExperts`.
         revision: revision of a hub repository.
         token: token for a hub repository.
-        kwargs: passed to transformers.
+        cache_dir: where the hub's snapshots are kept.
+        local_files_only: take the repository from that cache, as HF_HUB_OFFLINE in the environment does.
+        subfolder: folder of the checkpoint within ``path``.
+        kwargs: passed to transformers. A ``config`` among them takes the place of config.json.
 
     Raises:
         FormatError: a tensor is missing, misshapen or in contradiction to the config; nothing is returned half-loaded.
-            Or there is no such folder of tuned tiles.
+            Or there is no such checkpoint, or folder of tuned tiles.
         UnsupportedError: a format, family or device map that is not served.
         BackendError: no backend serves the model.
     """
+    hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    hub |= {"local_files_only": local_files_only, "subfolder": subfolder}
+    model, _ = load_with_info(
+        path, dtype=dtype, device_map=device_map, backend=backend, tuned_configs=tuned_configs, **hub, **kwargs
+    )
+    return model
+
+
+def load_with_info(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map: str | int | torch.device | dict[str, Any] | None = None,
+    backend: str = AUTO,
+    tuned_configs: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """`from_pretrained`, with what transformers says of the keys it loaded."""
     tuned = tuned_folder(tuned_configs)
-    folder = resolve_checkpoint(path, revision=revision, token=token)
+    hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+    folder = resolve_checkpoint(path, **{name: value for name, value in hub.items() if value is not None})
     device_map = _single_device(device_map)
     Checkpoint(folder)  # a damaged file is reported by us, in one way, before transformers opens it
-    config = AutoConfig.from_pretrained(folder, **_pick(kwargs, "trust_remote_code"))
+    config = copy.deepcopy(kwargs.pop("config", None))
+    if config is None:
+        remote = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
+        config = AutoConfig.from_pretrained(folder, **remote)
     config.quantization_config = {"quant_method": METHOD, "backend": backend, "tuned_configs": tuned}
     kwargs["ignore_mismatched_sizes"] = True  # _check_loaded raises, in the library's words
     if dtype is not None:
@@ -280,7 +333,7 @@ def from_pretrained(
     result: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
     model, loaded = result
     _check_loaded(folder, loaded)
-    return model
+    return model, loaded
 
 
 def experts_of(model: nn.Module) -> dict[str, FusedExperts]:
@@ -303,29 +356,33 @@ def _ignore_keys(model: PreTrainedModel, kind: str, patterns: set[str]) -> None:
     setattr(model, name, {*(getattr(model, name) or ()), *patterns})
 
 
-def _pick(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: kwargs[name] for name in names if name in kwargs}
-
-
 def _single_device(device_map: str | int | torch.device | dict[str, Any] | None) -> dict[str, Any] | None:
     """A device map of one device.
 
     Raises:
-        UnsupportedError: several devices, or a strategy such as "auto" that may choose several.
+        UnsupportedError: several devices, or a strategy where there are several GPUs.
     """
     if device_map is None:
         return None
     if isinstance(device_map, dict):
-        devices = set(device_map.values())
-        if len(devices) == 1:
+        if len(set(device_map.values())) == 1 and "disk" not in device_map.values():
             return device_map
+        found = f"{device_map}"
+    elif device_map in STRATEGIES:
+        gpus = torch.cuda.device_count()
+        if gpus <= 1:
+            return {"": torch.device("cuda", 0) if gpus else torch.device("cpu")}
+        found = f"{device_map!r} and {gpus} GPUs"
     else:
         try:
             return {"": torch.device(device_map)}
         except RuntimeError:
-            pass
+            found = repr(device_map)
     raise UnsupportedError(
-        "device_map", got=device_map, rule="one device", remedy="name the device, for instance device_map='cuda'"
+        "device_map",
+        got=found,
+        rule="one device: experts are neither spread over several nor offloaded to cpu or disk",
+        remedy="name the device, for instance device_map='cuda:0', or set CUDA_VISIBLE_DEVICES",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -219,26 +220,50 @@ class Checkpoint:
         return sum(file.stat().st_size for file in self._open)
 
 
-def resolve_checkpoint(path: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
+def resolve_checkpoint(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+) -> Path:
     """The folder of a checkpoint: ``path`` itself, or a snapshot of the hub repository of that name.
 
-    Only configs, tokenizer files and safetensors are downloaded.
+    Only configs, tokenizer files and safetensors are downloaded; with ``local_files_only``, or HF_HUB_OFFLINE in the
+    environment, nothing is, and the snapshot has to be in the cache.
 
     Raises:
-        FormatError: there is no such folder, and the hub does not give one.
+        FormatError: there is no such folder, and the hub or its cache does not give one.
     """
     folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
+    if not folder.is_dir():
+        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = _snapshot(str(path), subfolder, hub)
+    if not (folder / subfolder).is_dir():
+        raise FormatError(
+            f"subfolder of {path}", got=repr(subfolder), rule="a folder in it", remedy="correct the name of the folder"
+        )
+    return folder / subfolder
+
+
+def _snapshot(repository: str, subfolder: str, hub: Mapping[str, Any]) -> Path:
+    """A snapshot of a hub repository, or as much of it as a subfolder needs."""
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    # huggingface_hub 1 asks the hub for a commit that is in the cache, also offline.
+    hub = {**hub, "local_files_only": hub["local_files_only"] or constants.HF_HUB_OFFLINE}
+    below = f"{subfolder.rstrip('/')}/" if subfolder else ""
+    wanted = [below + pattern for pattern in ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")]
+    # Some repositories hold the weights a second time, under the names of their authors' own code.
+    twice = [below + pattern for pattern in ("original/*", "consolidated*")]
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(str(path), revision=revision, token=token, allow_patterns=patterns))
+        return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=twice, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FormatError(
-            f"checkpoint {path}",
+            f"checkpoint {repository}",
             got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
             rule="a folder with config.json and safetensors files, or a repository of the hub",
             remedy="check the path; offline, download the repository first",

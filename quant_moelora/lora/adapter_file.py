@@ -81,12 +81,14 @@ class Adapter:
         config: PEFT's config.
         layers: factors of the routed experts, by layer.
         linears: factors of all other modules (attention, other linear layers and routers), by module.
+        tensors: the file's own, of which the factors are views.
     """
 
     path: Path
     config: LoraConfig
     layers: dict[int, LayerFactors] = field(default_factory=dict)
     linears: dict[str, Factor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def load_adapter(path: str | Path, specs: list[ExpertsSpec]) -> Adapter:
@@ -98,10 +100,34 @@ def load_adapter(path: str | Path, specs: list[ExpertsSpec]) -> Adapter:
     """
     folder = Path(path)
     config, tensors = _read(folder)
+    # From the file, since PEFT fills in its own version where there is none.
+    written_by = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("peft_version")
+    return parse_adapter(config, tensors, specs, folder, str(written_by))
+
+
+def parse_adapter(
+    config: LoraConfig,
+    tensors: Mapping[str, Tensor],
+    specs: list[ExpertsSpec],
+    folder: Path,
+    written_by: str,
+) -> Adapter:
+    """An adapter from what is in its files.
+
+    Args:
+        config: PEFT's config.
+        tensors: in host memory, by key.
+        specs: the experts of the model.
+        folder: what the adapter is called in errors.
+        written_by: version of PEFT that wrote the files.
+
+    Raises:
+        AdapterError: as `load_adapter`.
+    """
     _refuse(config, folder)
-    adapter = Adapter(folder, config)
+    adapter = Adapter(folder, config, tensors=tensors)
     layers, pairs = {spec.layer: spec for spec in specs}, _pairs(tensors, folder)
-    adapter.layers.update(_fused(config, pairs, layers, folder))
+    adapter.layers.update(_fused(config, pairs, layers, folder, written_by))
     for module, pair in pairs.items():
         expert = parse_expert_module(module)
         if expert is not None:
@@ -287,7 +313,11 @@ def _stacked(
 
 
 def _fused(
-    config: LoraConfig, pairs: Mapping[str, Mapping[str, Tensor]], layers: Mapping[int, ExpertsSpec], folder: Path
+    config: LoraConfig,
+    pairs: Mapping[str, Mapping[str, Tensor]],
+    layers: Mapping[int, ExpertsSpec],
+    folder: Path,
+    written_by: str,
 ) -> dict[int, LayerFactors]:
     """Factors, by layer, of the fused modules among ``pairs``."""
     found: list[tuple[FusedForm, Tensor, Tensor, set[bool]]] = []
@@ -312,14 +342,35 @@ def _fused(
     factors: dict[int, LayerFactors] = {}
     for form, a, b, fitting in found:
         known = fitting if len(fitting) == 1 else told
-        swapped = next(iter(known)) if len(known) == 1 else _roles_swapped(form, folder)
+        swapped = next(iter(known)) if len(known) == 1 else _roles_swapped(form, folder, written_by)
         a_experts, b_experts = form.unfold(a, b, swapped)
+        _check_rank(config, form, a_experts.shape[1], folder)
         scaling = _scaling(config, form.name, a_experts.shape[1])
-        layer = factors.setdefault(form.spec.layer, {})
+        layer, blocks = factors.setdefault(form.spec.layer, {}), form.blocks(b_experts)
         for expert in range(form.spec.num_experts):
             a_one, b_one = a_experts[expert], b_experts[expert]
-            layer |= {(expert, p): Factor(a_one, b_one[form.rows(p)], scaling) for p in form.projections}
+            if len(blocks) == 1:  # the projections share the same tensor
+                layer |= {(expert, p): Factor(a_one, b_one[form.rows(p)], scaling) for p in form.projections}
+                continue
+            for p, ranks in zip(form.projections, blocks, strict=True):
+                layer[expert, p] = Factor(a_one[ranks], b_one[form.rows(p), ranks], scaling)
     return factors
+
+
+def _check_rank(config: LoraConfig, form: FusedForm, rank: int, folder: Path) -> None:
+    """Raise AdapterError unless a fused parameter has the config's rank: others divide its rows by E just as well."""
+    from peft.utils.other import get_pattern_key
+
+    patterns: dict[str, int] = config.rank_pattern or {}
+    expected = patterns.get(get_pattern_key(list(patterns), form.name), config.r)
+    if rank != expected:
+        raise AdapterError(
+            f"LoRA of {form.name} in {folder / WEIGHTS_FILE}",
+            got=f"factors of {rank * form.spec.num_experts} ranks for {form.spec.num_experts} experts",
+            rule=f"rank {expected} for each, as {CONFIG_FILE} says",
+            remedy="restore the config; per-expert LoRA of some of the experts only, which PEFT converts to this, "
+            "is served by quant_moelora.attach_adapters",
+        )
 
 
 def _spec_of(layers: Mapping[int, ExpertsSpec], number: int, module: str, folder: Path) -> ExpertsSpec:
@@ -344,14 +395,12 @@ def _target(config: LoraConfig, match: re.Match[str], folder: Path) -> str:
     )
 
 
-def _roles_swapped(form: FusedForm, folder: Path) -> bool:
+def _roles_swapped(form: FusedForm, folder: Path, written_by: str) -> bool:
     """Whether the version of PEFT that wrote a square parameter, whose shapes do not tell, swapped A and B."""
     from packaging.version import InvalidVersion, Version
 
-    # From the file, since PEFT fills in its own version where there is none; a development version ends in @commit.
-    written_by = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("peft_version")
     try:
-        return form.swapped_by(Version(str(written_by).partition("@")[0]))
+        return form.swapped_by(Version(written_by.partition("@")[0]))  # a development version ends in @commit
     except InvalidVersion as error:
         if form.swapped_by(Version("0")) == form.swapped_by(Version(ROLES_FIXED_IN)):
             return form.swapped_by(Version(ROLES_FIXED_IN))

@@ -47,13 +47,28 @@ def export_adapter(adapter: Adapter, specs: list[ExpertsSpec], folder: str | Pat
         AdapterError: ``fused`` cannot hold the adapter, or the folder holds one.
         UnsupportedError: another form.
     """
-    if form not in get_args(Form):
-        raise UnsupportedError("form", got=repr(form), rule=" or ".join(get_args(Form)), remedy="correct the caller")
     folder = Path(folder)
     if (folder / CONFIG_FILE).exists() or (folder / WEIGHTS_FILE).exists():
         raise AdapterError(
             f"folder {folder}", got="an adapter in it", rule="a folder without one", remedy="choose another folder"
         )
+    config, tensors = adapter_tensors(adapter, specs, form, model_type)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def adapter_tensors(
+    adapter: Adapter, specs: list[ExpertsSpec], form: Form, model_type: str
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """What `export_adapter` writes: PEFT's config, and tensors of their own by key.
+
+    Raises:
+        AdapterError: ``fused`` cannot hold the adapter.
+        UnsupportedError: another form.
+    """
+    if form not in get_args(Form):
+        raise UnsupportedError("form", got=repr(form), rule=" or ".join(get_args(Form)), remedy="correct the caller")
     layers = {spec.layer: spec for spec in specs}
     tensors: dict[str, Tensor] = {}
     weights = _targeted_weights(adapter, layers, form, model_type)
@@ -79,9 +94,7 @@ def export_adapter(adapter: Adapter, specs: list[ExpertsSpec], folder: str | Pat
     config = _config(adapter, factors)
     config.target_modules = targets
     config.target_parameters = _shortened(parameters, specs) or None
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
-    config.save_pretrained(str(folder))
+    return config, tensors
 
 
 def _targeted_weights(adapter: Adapter, layers: Mapping[int, ExpertsSpec], form: Form, model_type: str) -> set[str]:

@@ -58,6 +58,22 @@ class FusedForm:
             return slice(place, self.n, places)
         return slice(self.n * place // places, self.n * (place + 1) // places)
 
+    def blocks(
+        self,
+        b: Tensor,  # (E, N, r)
+    ) -> list[slice]:
+        """Ranks that each projection uses, if none uses those of another; else all of them together.
+
+        PEFT converts per-expert LoRA of gate and up, which have an A each, to such a block-diagonal B.
+        """
+        places, rank = len(self.projections), b.shape[2]
+        ranks = [slice(rank * place // places, rank * (place + 1) // places) for place in range(places)]
+        for projection, own in zip(self.projections, ranks, strict=True):
+            rows = b[:, self.rows(projection)]
+            if rank % places or any(rows[..., other].any() for other in ranks if other != own):
+                return [slice(0, rank)]
+        return ranks
+
     def swapped_by(self, peft: Version) -> bool:
         """Whether a version of PEFT takes N for K."""
         taken_for_transposed = self.spec.declared_transposed or peft.release < Version(ROLES_FIXED_IN).release

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import quant_moelora.integrations.adapters as adapters_module
+import quant_moelora.integrations.linears as linears_module
 from quant_moelora.core.errors import AdapterError, FormatError, UnsupportedError
 from quant_moelora.integrations.adapters import attach_adapters
 from quant_moelora.integrations.session import BASE_NAME
@@ -173,14 +173,14 @@ def test_a_failure_inside_peft_attaches_nothing(monkeypatch: pytest.MonkeyPatch,
     """PEFT fails at the second adapter, when the first already stands in the attention layers."""
     model, ids = load("demo"), random_ids(2, 9)
     base = logits(model, ids)
-    inject = adapters_module.inject_adapter_in_model
+    inject = linears_module.LoraModel
 
-    def failing(config: Any, target: nn.Module, name: str) -> nn.Module:
+    def failing(target: nn.Module, config: Any, name: str) -> nn.Module:
         if name == "second":
             raise RuntimeError("out of memory")
-        return inject(config, target, name)
+        return inject(target, config, name)
 
-    monkeypatch.setattr(adapters_module, "inject_adapter_in_model", failing)
+    monkeypatch.setattr(linears_module, "LoraModel", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         attach_adapters(
             model,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor, nn
 
 from quant_moelora.core.errors import (
@@ -21,6 +24,7 @@ from quant_moelora.core.errors import (
 )
 from quant_moelora.core.packing import unpack_pairs
 from quant_moelora.core.weights import PackedWeight
+from quant_moelora.integrations import transformers as transformers_module
 from quant_moelora.integrations.transformers import FusedExperts, experts_of, from_pretrained
 from quant_moelora.loaders.experts import load_experts
 from tests.adapters import Tensors
@@ -307,16 +311,90 @@ def test_a_model_without_experts(tmp_path: Path) -> None:
         load(tmp_path / "m")
 
 
-@pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential", {"model": "cpu", "lm_head": "meta"}])
-def test_device_maps_of_several_devices(device_map: Any) -> None:
-    with pytest.raises(UnsupportedError, match=r"device_map: got .*one device; name the device"):
+@pytest.mark.parametrize("device_map", [{"model": "cpu", "lm_head": "meta"}, {"": "disk"}, "nowhere"])
+def test_device_maps_of_several_devices_or_none(device_map: Any) -> None:
+    with pytest.raises(UnsupportedError, match=r"device_map: got .*one device: .*; name the device"):
         load("demo", device_map=device_map)
 
 
-@pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu"), {"": "cpu"}, None])
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+def test_strategies_of_accelerate(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
+    """The GPU if there is one; several are not chosen among."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for strategy in ("auto", "balanced", "balanced_low_0", "sequential"):
+        if gpus < 2:
+            expected = torch.device("cuda", 0) if gpus else torch.device("cpu")
+            assert transformers_module._single_device(strategy) == {"": expected}
+            continue
+        with pytest.raises(UnsupportedError, match=f"device_map: got '{strategy}' and 2 GPUs.*CUDA_VISIBLE_DEVICES"):
+            load("demo", device_map=strategy)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu"), {"": "cpu"}, None, "auto"])
 def test_device_maps_of_one_device(device_map: Any) -> None:
     ids, expected = golden_logits("demo")
     assert difference(logits(load("demo", device_map=device_map), ids), expected) < HONEST
+
+
+def hub_cache(root: Path, repository: str, folder: Path, subfolder: str = "") -> str:
+    """A cache as huggingface_hub keeps it, with one snapshot; return its commit."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    held = root / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(folder, held / "snapshots" / commit / subfolder)
+    (held / "refs").mkdir()
+    for name in ("main", "v1"):
+        (held / "refs" / name).write_text(commit, encoding="utf-8")
+    return commit
+
+
+def test_a_repository_of_the_hub_from_its_cache(tmp_path: Path) -> None:
+    """Offline, as all tests run: HF_HUB_OFFLINE is set, and ``local_files_only`` says the same."""
+    commit = hub_cache(tmp_path, "somebody/some-moe", folder_of("demo"))
+    ids, expected = golden_logits("demo")
+    ways: list[dict[str, Any]] = [
+        {},
+        {"revision": "v1"},
+        {"revision": commit},
+        {"local_files_only": True, "token": "no"},
+    ]
+    for arguments in ways:
+        model = from_pretrained("somebody/some-moe", cache_dir=tmp_path, dtype=torch.float32, **arguments)
+        assert difference(logits(model, ids), expected) < HONEST
+    for repository, revision in (("somebody/some-moe", "v2"), ("somebody/other", None)):
+        with pytest.raises(FormatError, match=rf"checkpoint {repository}: got .*offline, download"):
+            from_pretrained(repository, cache_dir=tmp_path, revision=revision)
+
+
+def test_a_subfolder(tmp_path: Path) -> None:
+    hub_cache(tmp_path, "somebody/some-moe", folder_of("demo"), "int4/g32")
+    ids, expected = golden_logits("demo")
+    model = from_pretrained("somebody/some-moe", cache_dir=tmp_path, subfolder="int4/g32", dtype=torch.float32)
+    assert difference(logits(model, ids), expected) < HONEST
+    model = from_pretrained(folder_of("demo").parent, subfolder="model", dtype=torch.float32)
+    assert difference(logits(model, ids), expected) < HONEST
+    with pytest.raises(FormatError, match=r"subfolder of .*: got 'int8', expected a folder in it"):
+        from_pretrained("somebody/some-moe", cache_dir=tmp_path, subfolder="int8")
+
+
+def test_what_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All arguments arrive, and of the files only what a checkpoint needs is asked for."""
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(repository: str, **arguments: Any) -> str:
+        asked.update(arguments, repository=repository)
+        return str(folder_of("demo").parent)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    hub: dict[str, Any] = {"revision": "v1", "token": "secret", "cache_dir": tmp_path, "local_files_only": True}
+    from_pretrained("somebody/some-moe", subfolder="model", **hub)
+    assert asked.items() >= {**hub, "repository": "somebody/some-moe"}.items()
+    wanted = filter_repo_objects(
+        [f"model/{name}" for name in ("config.json", "a.safetensors", "consolidated.safetensors", "x.bin")]
+        + ["config.json", "other/a.safetensors"],
+        allow_patterns=asked["allow_patterns"],
+        ignore_patterns=asked["ignore_patterns"],
+    )
+    assert set(wanted) == {"model/config.json", "model/a.safetensors"}
 
 
 def test_unknown_backend() -> None:

@@ -1,0 +1,138 @@
+"""Adapters of plain linear layers: PEFT's own layers around them, filled from files read here, led by the session."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, LoraModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from quant_moelora.core.errors import AdapterError
+from quant_moelora.integrations.session import ADAPTER_NAMES, AdapterSession
+from quant_moelora.lora.adapter_file import Adapter, Factor
+
+_LED = "_quant_moelora_session"  # attribute of PEFT's layers whose forward the session leads
+
+
+def check_linears(model: nn.Module, adapter: Adapter, routers: Mapping[str, nn.Module]) -> None:
+    """Raise unless every other module of the adapter is a linear layer or router of the model, of its dimensions.
+
+    Raises:
+        AdapterError: it is not.
+    """
+    for name, factor in adapter.linears.items():
+        module = routers.get(name) or _base_linear(model, name)
+        if module is None:
+            raise AdapterError(
+                f"adapter {adapter.path}",
+                got=f"LoRA on {name}, which is no linear layer, router or routed expert of the model",
+                rule="modules of the model",
+                remedy="attach the adapter to the model it was trained on; embeddings are not served",
+            )
+        rank, (n, k) = factor.a.shape[0], module.get_parameter("weight").shape
+        if (tuple(factor.a.shape), tuple(factor.b.shape)) != ((rank, k), (n, rank)):
+            raise AdapterError(
+                f"LoRA of {name} in {adapter.path}",
+                got=f"A {list(factor.a.shape)}, B {list(factor.b.shape)}",
+                rule=f"A [r, {k}] and B [{n}, r]",
+                remedy="attach the adapter to the model it was trained on",
+            )
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module | None:
+    """The module of that name; None if there is none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _base_linear(model: nn.Module, name: str) -> nn.Linear | None:
+    """The linear layer of that name, through PEFT's wrapper if it has one; None if there is none."""
+    module = find_module(model, name)
+    if isinstance(module, LoraLayer):
+        module = module.get_base_layer()
+    return module if isinstance(module, nn.Linear) else None
+
+
+class _Around(nn.Module):
+    """What PEFT is given to put its layers into: a module around the model.
+
+    Of a model it would rename targets that it takes for experts, such as shared experts' gate_proj, and keep our config
+    of linear layers as that of the adapter.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+def inject_linears(model: nn.Module, name: str, adapter: Adapter, linears: Mapping[str, Factor]) -> None:
+    """Let PEFT put its layers around the adapter's plain linears, and fill them; the new ones are frozen.
+
+    Afterwards every layer of PEFT in the model has this adapter as its active one; `lead` sets that right.
+    """
+    if not linears:
+        return
+    config = copy.deepcopy(adapter.config)
+    targets = {f"model.{module}": factor for module, factor in linears.items()}
+    config.target_modules = list(targets)
+    config.target_parameters = None
+    config.exclude_modules = None
+    config.layers_to_transform = None
+    config.inference_mode = True
+    # The ranks of the file, exactly, and alphas that give its scalings without PEFT's patterns entering twice.
+    config.use_rslora = False
+    config.lora_dropout = 0.0  # of training; PEFT's new layers would start in training mode
+    config.rank_pattern = {module: factor.a.shape[0] for module, factor in targets.items()}
+    config.alpha_pattern = {module: f.scaling * f.a.shape[0] for module, f in targets.items()}
+    # PEFT freezes the base. torch chooses between matrix products by requires_grad, which would change the base's bits.
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert isinstance(config, LoraConfig)  # load_adapter
+    LoraModel(_Around(model), config, name)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    with torch.no_grad():
+        for module_name, factor in linears.items():
+            module = model.get_submodule(module_name)
+            assert isinstance(module, LoraLayer)  # LoraModel
+            for held, tensor in ((module.lora_A[name], factor.a), (module.lora_B[name], factor.b)):
+                held.get_parameter("weight").copy_(tensor).requires_grad_(False)
+
+
+def eject_linears(model: nn.Module, name: str) -> None:
+    """Take an adapter out of PEFT's layers, which stay."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            # Otherwise PEFT would make another one active, and trainable, and say so.
+            module.set_adapter([active for active in module.active_adapters if active != name], inference_mode=True)
+            module.delete_adapter(name)
+
+
+def lead(model: nn.Module, session: AdapterSession) -> None:
+    """Let the session say which adapters the rows of PEFT's layers use, and which are active where no row is named."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.enable_adapters(session.enabled)
+            module.set_adapter(list(session.active), inference_mode=True)
+            if getattr(module, _LED, None) is not session:
+                module.forward = functools.partial(_forward, session, module.forward)
+                setattr(module, _LED, session)
+
+
+def _forward(session: AdapterSession, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of a layer of PEFT with the names of its rows, which are tokens where sequences are packed.
+
+    PEFT's model class would give them the names; ours is the model.
+    """
+    rows = x.flatten(0, -2) if session.packed else x
+    names = session.row_names(rows.shape[0])
+    if names is None:
+        return forward(x, *args, **kwargs)
+    y = forward(rows, *args, **{**kwargs, ADAPTER_NAMES: names})
+    return y.unflatten(0, x.shape[:-1]) if session.packed else y
