@@ -320,8 +320,8 @@ def test_wrong_backend_and_dtype(command: Command) -> None:
     assert run.code == 2 and "error: backend: got 'merlin'" in run.err
     run = generate(command, PROMPT, adapters=[], more=("--dtype=float63",))
     assert run.code == 2 and "float63" in run.err and "Traceback" not in run.err
-    run = generate(command, PROMPT, adapters=[], more=("--device=auto",))
-    assert run.code == 2 and "error: device_map: got auto" in run.err
+    run = generate(command, PROMPT, adapters=[], more=("--device=gpu",))
+    assert run.code == 2 and "error: device_map: got 'gpu'" in run.err
 
 
 def test_usage(command: Command) -> None:
