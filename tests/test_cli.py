@@ -238,6 +238,28 @@ def test_verify_fails_where_logits_differ(command: Command, monkeypatch: pytest.
     assert run.code == 1 and run.json["ok"] is False
 
 
+# --- convert ----------------------------------------------------------------------------------------------------------
+
+
+def test_convert(command: Command, tmp_path: Path) -> None:
+    """What it writes loads, and completes a prompt as the checkpoint does."""
+    out = tmp_path / "packed"
+    found = command("convert", MODEL, str(out), "--max-shard-size=300KB", "--json").json
+    sizes = {file.name: file.stat().st_size for file in out.glob("*.safetensors")}
+    assert found == {"path": str(out), "bytes": sum(sizes.values()), "files": sizes} and len(sizes) > 1
+    (layer,) = command("inspect", str(out), "--json").json["experts"]
+    assert layer["scheme"] == "w4a16_g32_asym"
+    packed, own = (command("generate", f"--model={path}", f"--prompt={PROMPT}", "--json") for path in (out, MODEL))
+    assert packed.json["completions"] == own.json["completions"]
+
+
+def test_convert_as_text_and_refused(command: Command, tmp_path: Path) -> None:
+    run = command("convert", MODEL, str(tmp_path / "packed"))
+    assert re.fullmatch(r".*/packed: [\d,]+ bytes in 1 files\n", run.out)
+    assert "choose another" in error_line(command("convert", MODEL, str(tmp_path / "packed")))
+    assert "max_shard_size: got 'many'" in error_line(command("convert", MODEL, str(tmp_path), "--max-shard-size=many"))
+
+
 # --- generate ---------------------------------------------------------------------------------------------------------
 
 
@@ -340,7 +362,7 @@ def test_version_and_help(command: Command) -> None:
     assert command("--version").out == f"quant-moelora {quant_moelora.__version__}\n"
     run = command("--help")
     assert run.code == 0 and "Exit codes: 0 " in run.out
-    assert COMMANDS.keys() == {"inspect", "verify", "generate", "export-adapter", "bench", "tune", "demo"}
+    assert COMMANDS.keys() == {"inspect", "verify", "convert", "generate", "export-adapter", "bench", "tune", "demo"}
     for name in COMMANDS:
         (line,) = (line for line in run.out.splitlines() if line.split()[:1] == [name])
         assert line.endswith("."), "said in one line"

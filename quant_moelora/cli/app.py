@@ -9,7 +9,7 @@ import torch
 import typer
 
 import quant_moelora
-from quant_moelora.cli import bench, demo, export_adapter, generate, inspect, tune, verify
+from quant_moelora.cli import bench, convert, demo, export_adapter, generate, inspect, tune, verify
 from quant_moelora.core.errors import QuantMoELoRAError
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ def options(
 for _command, _examples in (
     (inspect.inspect, inspect.EXAMPLES),
     (verify.verify, verify.EXAMPLES),
+    (convert.convert, convert.EXAMPLES),
     (generate.generate, generate.EXAMPLES),
     (export_adapter.export_adapter, export_adapter.EXAMPLES),
     (bench.bench, bench.EXAMPLES),

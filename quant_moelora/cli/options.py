@@ -24,7 +24,7 @@ PathArgument = Annotated[str, typer.Argument(help="Folder of a checkpoint, or a 
 ModelOption = Annotated[str, typer.Option(help="Folder of a checkpoint, or a repository of the hub.")]
 AdapterOption = Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of an adapter. Repeatable.")]
 DTypeOption = Annotated[DType, typer.Option(help="Activation dtype; auto takes the checkpoint's.")]
-DeviceOption = Annotated[str, typer.Option(help="Where the model goes, such as cpu or cuda.")]
+DeviceOption = Annotated[str, typer.Option(help="Device to work on, such as cpu or cuda.")]
 BackendOption = Annotated[str, typer.Option(help="Experts backend.")]
 TunedOption = Annotated[str | None, typer.Option(help="Folder of tables that tune wrote.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
