@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -113,7 +113,12 @@ class MoEExperts(nn.Module):
                 rule="adapters attached before the capture",
                 remedy="attach an adapter first, then capture; adapters can change between replays",
             )
+        _stays(ctx.tensors().values())
         self.injection = LoRAInjection(self._base, ctx, info)
+
+    def forget_captures(self) -> None:
+        """Say that no CUDA graph of a forward so far will be replayed once adapters are attached."""
+        self._captured_without_lora = False
 
     @property
     def backend(self) -> ExpertsBackend | None:
@@ -135,6 +140,7 @@ class MoEExperts(nn.Module):
             check_adapters(choice, info, dtype)
         self._backend = selection.backend
         self._prepared = selection.backend.prepare(info, dtype, self.tuned_configs)
+        _stays([*info.tensors().values(), *self._prepared.tensors.values()])
         shared = self._shared if self._shared is not None and self._shared.device == info.device else None
         self._workspace = shared or selection.backend.workspace(info)
         if self._prepared.lossy:
@@ -195,3 +201,10 @@ class MoEExperts(nn.Module):
             f"experts={info.num_experts}, hidden={info.hidden_size}, intermediate={info.intermediate_size}, "
             f"scheme={info.scheme_name}, activation={info.activation.name}"
         )
+
+
+def _stays(tensors: Iterable[Tensor]) -> None:
+    """Tell torch.compile that tensors keep their addresses: its CUDA graphs would copy them before each replay."""
+    for tensor in tensors:
+        if tensor.is_cuda:  # only there are graphs, and this imports the compiler
+            torch._dynamo.mark_static_address(tensor)  # pyright: ignore[reportPrivateUsage] - documented so

@@ -163,6 +163,11 @@ class MoEAdapters(nn.Module, BaseTunerLayer):
         return self._model[0]
 
     @property
+    def bank(self) -> AdapterBank | None:
+        """Where the factors of experts stand; None if there are none."""
+        return self._bank
+
+    @property
     def experts(self) -> list[FusedExperts]:
         """The model's experts, layer by layer."""
         return list(experts_of(self.model).values())
@@ -243,6 +248,8 @@ class MoEAdapters(nn.Module, BaseTunerLayer):
             undo.pop_all()
         routed = {name: _on_routers(adapter.linears, routers) for name, adapter in adapters.items()}
         attach_routers(routers, routed, self.session)
+        if any(adapter.linears for adapter in adapters.values()):
+            self.session.modules = object()
         self.held |= adapters
         self.lora_A.update({name: nn.Identity() for name in adapters})
         self._follow()
@@ -255,7 +262,8 @@ class MoEAdapters(nn.Module, BaseTunerLayer):
         if self.session.slots[name] != BASE_SLOT:
             assert self._bank is not None  # which gave the slot
             self._bank.remove(name)
-        del self.held[name]
+        if self.held.pop(name).linears:
+            self.session.modules = object()
         if name in self.lora_A:
             del self.lora_A[name]
         detach_routers(routers_of(self.model, self.specs), [name])
@@ -318,6 +326,7 @@ class MoEAdapters(nn.Module, BaseTunerLayer):
                 assert self._bank is not None  # which gave the slot
                 self._bank.remove(name)
         self._combined = {}
+        self.session.modules = object()
         self._follow()
 
     def _combine(self, together: str, names: Sequence[str]) -> None:
@@ -331,6 +340,7 @@ class MoEAdapters(nn.Module, BaseTunerLayer):
                 self._replace_bank({**self._factors(), together: layers}, undo)
             undo.pop_all()
         self._combined = {together: layers}
+        self.session.modules = object()
         attach_routers(routers, {together: _on_routers(linears, routers)}, self.session)
         self._follow()
 

@@ -53,8 +53,8 @@ class RouterLoRA:
             return output
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         tokens = x.numel() // x.shape[-1]
-        choices = self._session.token_choices(tokens, x.device)
-        assert choices is not None  # rows were named
+        numbers = self._session.token_places(tokens, x.device)
+        assert numbers is not None  # rows were named
         whole: tuple[Tensor, ...] = output if isinstance(output, tuple) else (output,)
         self._check(whole, tokens)
         weight = router.get_parameter("weight")
@@ -62,7 +62,7 @@ class RouterLoRA:
             factor = self.factors[name]
             changed = weight + (factor.scaling * (factor.b @ factor.a)).to(weight.dtype)
             again: Any = functional_call(self._bare, {"router.weight": changed}, args, kwargs)
-            mine = choices == places[name]  # (tokens,)
+            mine = numbers == places[name]  # (tokens,)
             whole = tuple(
                 torch.where(mine.view(-1, *[1] * (ours.ndim - 1)), theirs, ours)
                 for ours, theirs in zip(whole, again if isinstance(output, tuple) else (again,), strict=True)

@@ -28,7 +28,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
 from quant_moelora.core.workspace import Workspace
 from quant_moelora.experts.registry import AUTO, select_backend
-from quant_moelora.integrations.session import AdapterSession, with_adapter_names
+from quant_moelora.integrations.attention import register_attention
+from quant_moelora.integrations.decode_graphs import DecodeGraphs
+from quant_moelora.integrations.session import AdapterSession, with_adapter_names, with_adapter_rows
 from quant_moelora.kernels.grouped_gemm.table import tuned_folder
 from quant_moelora.layer import MoEExperts
 from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
@@ -48,6 +50,7 @@ _QUANTIZED_KEYS = rf"\.({'|'.join(sorted(QUANTIZED_SUFFIXES))})$"
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 # Strategies of accelerate for spreading a model over devices.
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+_OPERATORS = {"marlin", "unquantized"}  # backends of operators that never wait for the device
 _EXPERTS_TARGET = re.compile(r"(^|\.)experts\.")
 
 
@@ -152,6 +155,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         self.tuned_configs = quantization_config.tuned_configs
         self.session = AdapterSession()
         self.load: _Load | None = None
+        self.compileable = False
 
     def _process_model_before_weight_loading(
         self,
@@ -187,6 +191,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
             linears=describe_linears(checkpoint, model, layers),
             shapes={name: parameter.shape for name, parameter in model.named_parameters()},
         )
+        self.compileable = _OPERATORS.issuperset(self.load.backends)
         for spec in specs:
             _place(model, spec, FusedExperts(spec, self.session))
         missing = {rf"^{re.escape(name)}\.weight$" for name in self.load.linears}
@@ -239,11 +244,31 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         from quant_moelora.integrations.peft import prepare  # which needs this module
 
         prepare(model, self.session)
+        self._generate_from(model)
         return model
+
+    def _generate_from(self, model: PreTrainedModel) -> None:
+        """Let `generate` put names on the device before a step, and replay its steps as CUDA graphs on a GPU."""
+        prepare: Any = model.prepare_inputs_for_generation
+        held: Any = model
+        held.prepare_inputs_for_generation = with_adapter_rows(prepare, self.session)
+        layers = [module.moe for module in experts_of(model).values() if module.moe is not None]
+        compiled: Any = model.get_compiled_call
+        graphs = DecodeGraphs(model, layers, self.session, compiled)
+
+        def get_compiled_call(compile_config: Any) -> Callable[..., Any]:
+            return graphs if compile_config is None and model.device.type == "cuda" else compiled(compile_config)
+
+        held.get_compiled_call = get_compiled_call
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - untyped there
         """Saving the packed model is not possible yet."""
         return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile or capture its steps with a static cache."""
+        return self.compileable
 
     @property
     def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - untyped there
@@ -257,6 +282,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
 
 
 # transformers keeps a table of methods of its own; as decorators these two would hide the classes from type checkers.
+register_attention()
 register_quantization_config(METHOD)(QuantMoELoRAConfig)
 register_quantizer(METHOD)(QuantMoELoRAQuantizer)
 

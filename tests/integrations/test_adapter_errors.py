@@ -209,5 +209,8 @@ def test_packed_sequences_are_refused_rather_than_mixed_up(watched: Watched) -> 
     """Tokens of a batch whose number does not tell the rows apart."""
     experts: Any = watched.model.get_submodule("model.layers.0.mlp.experts")
     x: Tensor = torch.randn(7, 128)
-    with experts.session.choose(["kept", BASE_NAME], 2), pytest.raises(AdapterError, match="7 tokens for a batch of 2"):
+    with (
+        experts.session.choose(["kept", BASE_NAME], 2, torch.device("cpu")),
+        pytest.raises(AdapterError, match="7 tokens for a batch of 2"),
+    ):
         experts(x, torch.zeros(7, 4, dtype=torch.int64), torch.rand(7, 4))
