@@ -41,6 +41,7 @@ class MoEExperts(nn.Module):
         workspace: buffers that other layers on its device use too, one after the other; otherwise it has its own.
 
     Raises:
+        ShapeError: the info is a part of a layer.
         FormatError: there is no such folder; on the first forward, a file in it is no table.
         BackendError: on the first forward in a dtype that the backend does not serve.
     """
@@ -59,7 +60,18 @@ class MoEExperts(nn.Module):
         self._captured_without_lora = False
         self._set_info(info)
 
+    def _check_shard(self, info: MoEQuantInfo) -> None:
+        """Raise unless the output of this layer is that of ``info``'s layer."""
+        if info.shard is not None and info.shard.config.world_size > 1:
+            raise ShapeError(
+                "layer of experts",
+                got=f"a part of one, {info.shard}",
+                rule="a whole layer, since the sum over all parts is the layer's output",
+                remedy="use DistributedExperts, which sums them up",
+            )
+
     def _set_info(self, info: MoEQuantInfo) -> None:
+        self._check_shard(info)
         self.info = info
         for name, tensor in info.tensors().items():
             self.register_buffer(name.replace(".", "_"), tensor, persistent=False)
@@ -160,6 +172,30 @@ class MoEExperts(nn.Module):
             AdapterError: adapter ids are given and no adapter is attached.
             BackendError: no backend serves x's dtype.
         """
+        self._check_tokens(x, topk_ids, adapter_ids)
+        # Compiled code is checked against the injection it was made for, each time it runs.
+        if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+            self._captured_without_lora |= self.injection.ctx is None
+        slots = None if adapter_ids is None else adapter_ids.to(torch.int32)
+        ctx = self.injection.ctx
+        given = {} if ctx is None else {"num_slots": ctx.num_slots}
+        routing = Routing(topk_ids, topk_weights.to(torch.float32), slots, **given)
+        if self._prepared is None or self._prepared.dtype != x.dtype:
+            if torch.compiler.is_compiling():
+                apart: Any = torch.compiler.disable(self.prepare, reason="call MoEExperts.prepare before compiling")
+                apart(x.dtype)
+            else:
+                self.prepare(x.dtype)
+        assert self._backend is not None and self._prepared is not None and self._workspace is not None  # prepare
+        return self._backend.apply(x, self._prepared, routing, self.injection, self._workspace)
+
+    def _check_tokens(
+        self,
+        x: Tensor,  # (M, H)
+        topk_ids: Tensor,  # (M, k)
+        adapter_ids: Tensor | None,  # (M,)
+    ) -> None:
+        """Raise what `forward` raises."""
         if x.ndim != 2 or x.shape[1] != self.info.hidden_size:
             raise ShapeError(
                 "x",
@@ -178,21 +214,6 @@ class MoEExperts(nn.Module):
             raise AdapterError(
                 "adapter_ids", got="ids", rule="None while no adapter is attached", remedy="attach the adapters first"
             )
-        # Compiled code is checked against the injection it was made for, each time it runs.
-        if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
-            self._captured_without_lora |= self.injection.ctx is None
-        slots = None if adapter_ids is None else adapter_ids.to(torch.int32)
-        ctx = self.injection.ctx
-        given = {} if ctx is None else {"num_slots": ctx.num_slots}
-        routing = Routing(topk_ids, topk_weights.to(torch.float32), slots, **given)
-        if self._prepared is None or self._prepared.dtype != x.dtype:
-            if torch.compiler.is_compiling():
-                apart: Any = torch.compiler.disable(self.prepare, reason="call MoEExperts.prepare before compiling")
-                apart(x.dtype)
-            else:
-                self.prepare(x.dtype)
-        assert self._backend is not None and self._prepared is not None and self._workspace is not None  # prepare
-        return self._backend.apply(x, self._prepared, routing, self.injection, self._workspace)
 
     def extra_repr(self) -> str:
         """Dimensions, scheme and activation, for `print(model)`."""

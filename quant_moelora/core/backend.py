@@ -30,12 +30,6 @@ class Verdict:
         return not self.reasons
 
 
-def shard_reasons(info: MoEQuantInfo) -> list[str]:
-    """Why a backend that serves whole layers alone does not serve this one; empty if it does."""
-    shard = info.shard
-    return [] if shard is None or shard.world_size <= 1 else [f"the layer is shard {shard.rank} of {shard.world_size}"]
-
-
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """A backend's view of an info for one compute dtype.
@@ -54,7 +48,7 @@ class Prepared:
 
 
 class ExpertsBackend(Protocol):
-    """Computes a layer of experts.
+    """Computes a layer of experts, or one process's part of it, which is a smaller layer (`core.shard`).
 
     Attributes:
         name: name in the registry.

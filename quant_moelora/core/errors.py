@@ -40,3 +40,7 @@ class AdapterError(QuantMoELoRAError):
 
 class BackendError(QuantMoELoRAError):
     """No registered backend, or not the one asked for, can serve the request."""
+
+
+class DistributedError(QuantMoELoRAError):
+    """Processes that share a model disagree, or one of them is gone."""

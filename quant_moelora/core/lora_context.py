@@ -9,7 +9,8 @@ from torch import Tensor
 
 from quant_moelora.core.checks import check_positive, check_same_device, check_tensor
 from quant_moelora.core.errors import ShapeError
-from quant_moelora.core.quant_info import Shard
+from quant_moelora.core.packing import round_up
+from quant_moelora.core.shard import RankCollectives, Shard, Span
 
 # Second index of `offsets`.
 A13, B13, A2, B2 = range(4)
@@ -33,7 +34,8 @@ class MoELoRAContext:
     * B2 is [r_d, H], B transposed.
 
     All are row-major with a rank a row, and begin at a multiple of 16 bytes, so that kernels load 16 bytes at once
-    whatever the rank. ``shard`` is that of the layer's info.
+    whatever the rank. ``shard`` is that of the layer's info. Where LoRA is fully sharded, process t of T holds rows t,
+    t + T, t + 2T.. of A13 and the columns `hidden_part` of B2; the tables are those of whole adapters nevertheless.
 
     Attributes:
         num_experts: E.
@@ -46,6 +48,7 @@ class MoELoRAContext:
         scaling: float32 [A, 3, E].
         max_rank: at least the rank of any projection of any adapter that is ever here; buffers for v have room for it.
         shard: the part of the layer held here, or None.
+        collectives: how fully sharded processes exchange v; None where LoRA is not, or until a layer is given it.
 
     Raises:
         ShapeError: a table does not have the shape that A, E demand, or tensors are on several devices.
@@ -61,6 +64,7 @@ class MoELoRAContext:
     scaling: Tensor  # (A, 3, E) float32
     max_rank: int
     shard: Shard | None = None
+    collectives: RankCollectives | None = None
 
     def __post_init__(self) -> None:
         sizes = {"num_experts": self.num_experts, "hidden_size": self.hidden_size, "inter_pad": self.inter_pad}
@@ -86,9 +90,24 @@ class MoELoRAContext:
         return self.offsets.shape[0]
 
     @property
+    def rank_shard(self) -> tuple[int, int]:
+        """See `ParallelConfig.rank_shard`."""
+        return (0, 1) if self.shard is None else self.shard.config.rank_shard
+
+    @property
+    def hidden_part(self) -> Span:
+        """Columns of B2 held here."""
+        return Span(0, self.hidden_size) if self.shard is None else self.shard.hidden(self.hidden_size)
+
+    @property
     def v13_width(self) -> int:
-        """Columns of v = A13 x: gate's rows and up's."""
-        return 2 * self.max_rank
+        """Columns of v = A13 x: gate's rows and up's, and as many more as make the processes' parts equal."""
+        return round_up(2 * self.max_rank, self.rank_shard[1])
+
+    @property
+    def v13_part(self) -> int:
+        """Columns of v = A13 x that this process computes."""
+        return self.v13_width // self.rank_shard[1]
 
     @property
     def v2_width(self) -> int:

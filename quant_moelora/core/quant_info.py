@@ -11,18 +11,11 @@ from torch import Tensor
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.checks import check_same_device, check_tensor
 from quant_moelora.core.errors import ShapeError, UnsupportedError
+from quant_moelora.core.shard import ParallelConfig, Shard
 from quant_moelora.core.weights import ExpertWeight
 
 RouterWeight = Literal["output", "input"]
 SourceOrder = Literal["separate", "concatenated", "interleaved"]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which part of a layer this process holds: ``rank`` of ``world_size``."""
-
-    rank: int
-    world_size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +26,8 @@ class MoEQuantInfo:
         w13: gate and up (halves = 2, gate first) or up alone (halves = 1); [E, halves*inter_pad, H].
         w2: down; [E, H, inter_pad].
         activation: what stands between them.
-        inter_perm: stored intermediate position -> logical one, int32 [E, I]; the act-order of w2, already applied to
-            the rows and bias of w13 and the columns of w2. None where the order is the logical one.
+        inter_perm: stored intermediate position -> logical one (of the whole layer), int32 [E, I]; the act-order of w2,
+            already applied to the rows and bias of w13 and the columns of w2. None where the order is the logical one.
         router_weight: whether the router's weight multiplies the expert's output, or base + delta of its gate_up
             before the activation (Llama4).
         source_order: how the checkpoint held gate and up; a record, since stored tensors are always gate then up.
@@ -85,6 +78,8 @@ class MoEQuantInfo:
         ):
             if value not in allowed:
                 raise UnsupportedError(name, got=value, rule=f"one of {allowed}", remedy="correct the caller")
+        if self.shard is not None:
+            self.shard.check(self.num_experts, self.intermediate_size)
         check_same_device(self.tensors())
 
     @property
@@ -106,6 +101,11 @@ class MoEQuantInfo:
     def inter_pad(self) -> int:
         """I with padding: the columns of h, and half (or all, without a gate) of those of gate_up."""
         return self.w13.n_pad
+
+    @property
+    def inter_unit(self) -> int:
+        """Stored positions of the intermediate that tensor parallel must not part: whole tiles and groups of w2."""
+        return self.w2.column_unit
 
     @property
     def device(self) -> torch.device:
@@ -136,10 +136,34 @@ class MoEQuantInfo:
         inter_perm = None if self.inter_perm is None else self.inter_perm.to(device)
         return replace(self, w13=self.w13.to(device), w2=self.w2.to(device), inter_perm=inter_perm)
 
+    def part(self, config: ParallelConfig) -> MoEQuantInfo:
+        """What one process holds of this whole layer; tensors are copies, so that those of the whole can be freed.
+
+        Codes are moved and not packed anew. The bias of w2 is of the first process that shares an expert alone.
+
+        Raises:
+            UnsupportedError: there are more processes than can have a part, or this is a part already.
+        """
+        if self.shard is not None:
+            raise UnsupportedError("layer to part", got=self.shard, rule="a whole layer", remedy="part it once")
+        shard = config.shard(self.num_experts, self.intermediate_size, self.inter_unit)
+        span, last = shard.inter, config.tp_rank == config.tp_size - 1
+        pad = (self.inter_pad if last else span.end) - span.begin
+        w2 = self.w2.part(shard.experts, columns=(span, pad))
+        order = self.inter_perm
+        return replace(
+            self,
+            w13=self.w13.part(shard.experts, rows=(span, pad)),
+            w2=w2 if config.tp_rank == 0 else replace(w2, bias=None),
+            inter_perm=None if order is None else order[shard.experts.slice, span.slice].clone(),
+            shard=shard,
+        )
+
     def dequantize(self) -> tuple[Tensor | None, Tensor, Tensor]:
         """Gate, up and down in float32: [E, I, H] (None without a gate), [E, I, H], [E, H, I].
 
-        The values are exact, in the logical order of the intermediate, whatever the order in the checkpoint.
+        The values are exact, in the logical order of the intermediate, whatever the order in the checkpoint. Of a
+        shard they are those of its own experts and positions.
         """
         w13, down = self.w13.dequantize(), self.w2.dequantize()[:, 0]
         if self.inter_perm is not None:

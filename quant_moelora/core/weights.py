@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ from quant_moelora.core import packing
 from quant_moelora.core.checks import check_positive, check_same_device, check_tensor
 from quant_moelora.core.errors import ShapeError, UnsupportedError
 from quant_moelora.core.scheme import NONE_SCHEME, QuantScheme, num_groups
+from quant_moelora.core.shard import Span
 
 ExpertIndex = Tensor | slice  # which experts of a weight: an int64 tensor of ids, or a slice
 ALL_EXPERTS = slice(None)
@@ -78,6 +80,46 @@ class _ExpertWeight:
         """The tensors held, by field name."""
         held = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+
+    def part(
+        self, experts: Span, *, rows: tuple[Span, int] | None = None, columns: tuple[Span, int] | None = None
+    ) -> Self:
+        """Copy some experts of the weight, and of these some rows of each half, or some columns, or all.
+
+        Args:
+            experts: which.
+            rows: which rows of each half, and how many are stored of them, with the padding that they keep.
+            columns: the same of columns.
+        """
+        of_rows, n_pad = rows or (Span(0, self.n), self.n_pad)
+        of_columns, k_pad = columns or (Span(0, self.k), self.k_pad)
+        stored = (Span(of_rows.begin, of_rows.begin + n_pad), Span(of_columns.begin, of_columns.begin + k_pad))
+        dims = {"num_experts": experts.size, "n": of_rows.size, "n_pad": n_pad, "k": of_columns.size, "k_pad": k_pad}
+        cut: dict[str, Any] = {
+            name: self._cut(name, tensor[experts.slice], *stored).clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.tensors().items()
+        }
+        return replace(self, **dims, **cut)
+
+    def _cut(
+        self,
+        name: str,
+        tensor: Tensor,  # (e, ...), the field of this name
+        rows: Span,
+        columns: Span,
+    ) -> Tensor:
+        """Stored rows of each half and stored columns of a field."""
+        raise NotImplementedError
+
+    def _of_rows(
+        self,
+        tensor: Tensor,  # (e, halves*n_pad/unit, ...)
+        rows: Span,
+        unit: int = 1,
+    ) -> Tensor:
+        """Stored rows of each half of a tensor that counts them in units."""
+        parted = tensor.unflatten(1, (self.halves, self.n_pad // unit))
+        return parted[:, :, rows.begin // unit : rows.end // unit].flatten(1, 2)
 
     def logical_bias(self, experts: ExpertIndex = ALL_EXPERTS) -> Tensor | None:
         """Bias without padding, float32 [e, halves, n], or None."""
@@ -151,6 +193,23 @@ class PackedWeight(_ExpertWeight):
         return self.k_pad if self.scheme.group_size is None else self.scheme.group_size
 
     @property
+    def column_unit(self) -> int:
+        """Stored columns that must stay together: whole tiles and whole groups."""
+        return math.lcm(packing.TILE, self.scheme.group_size or 1)
+
+    def _cut(self, name: str, tensor: Tensor, rows: Span, columns: Span) -> Tensor:
+        if name == "bias":
+            return self._of_rows(tensor, rows)
+        if name == "k_perm":
+            assert columns.size == self.k_pad  # only w13 has one, and is cut along its rows
+            return tensor
+        tensor = self._of_rows(tensor, rows, packing.TILE)
+        if name != "qweight" and self.scheme.group_size is None:
+            return tensor  # one group, of which each part has the scales
+        unit = packing.TILE if name == "qweight" else self.group
+        return tensor[:, :, columns.begin // unit : columns.end // unit]
+
+    @property
     def scheme_name(self) -> str:
         """Name of the scheme."""
         return self.scheme.name
@@ -207,6 +266,15 @@ class DenseWeight(_ExpertWeight):
             )
         check_tensor("w", self.w, (self.num_experts, self.rows, self.k_pad), self.w.dtype, why=self.dims)
         check_same_device(self.tensors())
+
+    @property
+    def column_unit(self) -> int:
+        """Columns that stay together, so that parts are as kernels like them; nothing else asks for it."""
+        return packing.TILE
+
+    def _cut(self, name: str, tensor: Tensor, rows: Span, columns: Span) -> Tensor:
+        tensor = self._of_rows(tensor, rows)
+        return tensor if name == "bias" else tensor[:, :, columns.slice]
 
     @property
     def scheme_name(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_moelora.core.backend import Prepared, Verdict, shard_reasons
+from quant_moelora.core.backend import Prepared, Verdict
 from quant_moelora.core.errors import BackendError
 from quant_moelora.core.injection import Injection
 from quant_moelora.core.packing import CODE_DTYPES, run_columns, run_length, unpack_pairs
@@ -40,7 +40,6 @@ class CpuBackend:
                 reasons.append(f"{name} is not quantised")
             elif run_length(weight.scheme.bits, weight.group) is None:
                 reasons.append(f"{name} has groups of {weight.group} columns, which is no multiple of 16")
-        reasons += shard_reasons(info)
         return Verdict(tuple(reasons))
 
     def prepare(self, info: MoEQuantInfo, dtype: torch.dtype, tuned_configs: str | None = None) -> Prepared:

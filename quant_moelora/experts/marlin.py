@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant_moelora.core.backend import Prepared, Verdict, shard_reasons
+from quant_moelora.core.backend import Prepared, Verdict
 from quant_moelora.core.injection import Injection
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
@@ -15,9 +15,11 @@ from quant_moelora.core.weights import PackedWeight
 from quant_moelora.core.workspace import Workspace
 from quant_moelora.experts.gpu import kernel_reasons
 from quant_moelora.experts.marlin_op import MarlinLayer, marlin_experts, marlin_lora_experts
+from quant_moelora.kernels.align.op import plan_of
 from quant_moelora.kernels.dequant.prepare import LEAST_GROUP, prepare, regrouped
 from quant_moelora.kernels.grouped_gemm.choice import TileSource
 from quant_moelora.kernels.grouped_gemm.layer import LayerShape
+from quant_moelora.kernels.grouped_gemm.op import grouped_gemm
 from quant_moelora.kernels.lora.launch import LoRATables
 
 
@@ -44,7 +46,6 @@ class MarlinBackend:
                 reasons.append(
                     f"{name} has groups of {weight.group} columns, whose least common part with 128 is below 16"
                 )
-        reasons += shard_reasons(info)
         return Verdict(tuple(reasons))
 
     def prepare(self, info: MoEQuantInfo, dtype: torch.dtype, tuned_configs: str | None = None) -> MarlinPrepared:
@@ -67,13 +68,36 @@ class MarlinBackend:
         injection: Injection,
         workspace: Workspace,
     ) -> Tensor:  # (M, H) prepared.dtype
-        """Compute the layer; see `ExpertsBackend.apply`. It is one operator, with and without adapters."""
+        """Compute the layer; see `ExpertsBackend.apply`. It is one operator, with and without adapters.
+
+        Where processes exchange v, which they do between operators, it is one for each step.
+        """
         assert isinstance(prepared, MarlinPrepared)
         arguments = prepared.layer.arguments()
         ids, weights, slots = routing.topk_ids, routing.topk_weights, routing.slots
         if injection.ctx is None or slots is None:
             return marlin_experts(x, ids, weights, *arguments)
+        if injection.ctx.collectives is not None:
+            return _by_steps(x, prepared, routing, injection, workspace)
         return marlin_lora_experts(x, ids, weights, slots, *arguments, *LoRATables.of(injection.ctx))
+
+
+def _by_steps(
+    x: Tensor,  # (M, H) prepared.dtype
+    prepared: MarlinPrepared,
+    routing: Routing,
+    injection: Injection,
+    workspace: Workspace,
+) -> Tensor:  # (M, H) prepared.dtype
+    """The layer with the injection's own steps, whose products are cut as those of the one operator."""
+    info, layer, ids = prepared.info, prepared.layer, routing.topk_ids
+    plan, tiles = plan_of(routing, info.num_experts, layer.tiles)
+    injection.begin(x, routing, plan, workspace)
+    gate_up = grouped_gemm(x, ids, plan.rows, tiles, True, layer.w13.rows, *layer.tiles, *layer.w13)
+    h = x.new_empty(routing.num_pairs, info.inter_pad)
+    h = injection.activation(x, gate_up, h, routing, plan, workspace)
+    y = grouped_gemm(h, ids, plan.rows, tiles, False, layer.w2.n, *layer.tiles, *layer.w2)
+    return injection.moe_sum(h, y, torch.empty_like(x), routing, plan, workspace)
 
 
 def _packed(weight: object) -> PackedWeight:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_moelora.core.backend import Prepared, Verdict, shard_reasons
+from quant_moelora.core.backend import Prepared, Verdict
 from quant_moelora.core.injection import Injection
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
@@ -23,11 +23,10 @@ class ReferenceBackend:
     fuses: frozenset[str] = frozenset()
 
     def supports(self, info: MoEQuantInfo, device: torch.device, dtype: torch.dtype, *, lora: bool) -> Verdict:
-        """Serve everything but a shard of a layer and dtypes that no model computes in."""
+        """Serve everything but dtypes that no model computes in."""
         reasons: list[str] = []
         if dtype not in _DTYPES:
             reasons.append(f"activation dtype {dtype} is not float32, bfloat16 or float16")
-        reasons += shard_reasons(info)
         return Verdict(tuple(reasons))
 
     def prepare(self, info: MoEQuantInfo, dtype: torch.dtype, tuned_configs: str | None = None) -> Prepared:

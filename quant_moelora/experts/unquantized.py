@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_moelora.core.backend import Prepared, Verdict, shard_reasons
+from quant_moelora.core.backend import Prepared, Verdict
 from quant_moelora.core.injection import Injection
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
@@ -28,7 +28,6 @@ class UnquantizedBackend:
         for name, weight in (("w13", info.w13), ("w2", info.w2)):
             if not isinstance(weight, DenseWeight):
                 reasons.append(f"{name} is quantised")
-        reasons += shard_reasons(info)
         return Verdict(tuple(reasons))
 
     def prepare(self, info: MoEQuantInfo, dtype: torch.dtype, tuned_configs: str | None = None) -> Prepared:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -15,7 +16,7 @@ from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.loaders.families import Projection
 from quant_moelora.lora.adapter_file import Factor, LayerFactors
 from quant_moelora.lora.arena import Block, Blocks
-from quant_moelora.lora.layout import ALIGNMENT, LayerLayout, Layers, Tables, check_factors, full_size
+from quant_moelora.lora.layout import ALIGNMENT, LayerLayout, Layers, Tables, check_factors, full_size, shard_of
 from quant_moelora.lora.transfer import Transfer
 
 Factors = Mapping[int, LayerFactors]  # an adapter's, by layer
@@ -29,9 +30,10 @@ class AdapterReport:
     Attributes:
         slot: what tokens choose it by.
         nbytes: bytes of its factors in the arena.
-        ranks: those that occur, ascending.
+        ranks: those that occur here, ascending.
         enabled: whether its tokens get its deltas.
         pinned: whether it is kept from being evicted.
+        digest: of the whole adapter, where several processes share the layers and have to hold the same; else "".
     """
 
     slot: int
@@ -39,6 +41,7 @@ class AdapterReport:
     ranks: tuple[int, ...]
     enabled: bool
     pinned: bool
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class _Held:
     rows: Tables
     blocks: list[Block]
     pinned: bool
+    digest: str
     enabled: bool = True
 
 
@@ -92,8 +96,12 @@ class AdapterBank:
         evict: what happens to an adapter that does not fit. ``never``: it is an error. ``lru``: adapters that are not
             pinned go first, the one whose last use (`add`, `replace` or `slots`) is the longest ago before others.
 
+    Where several processes share the layers, each has a bank of its own, is given whole adapters and keeps its part of
+    them; all of them make the same calls in the same order, so that a slot means one adapter everywhere.
+
     Raises:
-        AdapterError: no layer, layers on several devices or of other numbers of experts, or a size below 1.
+        AdapterError: no layer, layers on several devices or of other numbers of experts, a size below 1, or eviction
+            where several processes share the layers.
     """
 
     def __init__(
@@ -109,6 +117,13 @@ class AdapterBank:
         layers = self._layers = Layers(infos)
         if capacity_bytes is None:
             capacity_bytes = max_adapters * sum(full_size(info, max_rank) for info in infos.values()) * dtype.itemsize
+        if evict != "never" and layers.config.world_size > 1:
+            raise AdapterError(
+                "evict",
+                got=evict,
+                rule="never, where several processes share the layers",
+                remedy="remove adapters on all of them: each would evict for its own memory's sake, and slots differ",
+            )
         if min(max_adapters, max_rank) < 1 or capacity_bytes < 0 or evict not in get_args(Evict):
             raise AdapterError(
                 "adapter bank",
@@ -284,6 +299,7 @@ class AdapterBank:
                 ranks=tuple(rank for rank in held.rows.rank.unique().tolist() if rank),  # sorted
                 enabled=held.enabled,
                 pinned=held.pinned,
+                digest=held.digest,
             )
             for name, held in self._held.items()
         }
@@ -326,7 +342,7 @@ class AdapterBank:
         pinned = sum(held.pinned for held in self._held.values())
         return AdapterError(
             f"room for adapter {name}",
-            got=f"{sum(sizes) * unit} bytes needed, {max(sizes) * unit} of them in one block; "
+            got=f"{sum(sizes) * unit} bytes needed, {max(sizes, default=0) * unit} of them in one block; "
             f"{blocks.free_size * unit} bytes free, the largest free block {blocks.largest * unit}; "
             f"{len(self._held)} of {slots} slots taken, {pinned} of them pinned",
             rule=f"to fit into {blocks.size * unit} bytes"
@@ -349,7 +365,7 @@ class AdapterBank:
             self._blocks.free(blocks)  # no table names them
             raise
         self._transfer.arrive()
-        held = _Held(slot, rows, blocks, pinned, enabled)
+        held = _Held(slot, rows, blocks, pinned, plan.digest, enabled)
         self._held.pop(name, None)
         self._held[name] = held
         self._show(held)
@@ -376,6 +392,7 @@ class _Plan:
         rows: of the tables, (L, ...) on the host, with offsets relative to each layer's block.
         layouts: by the layer's place in the bank, of those that the adapter touches.
         sizes: elements of each layer's block.
+        digest: see `AdapterReport`.
     """
 
     def __init__(self, name: str, layers: Layers, factors: Factors, max_rank: int) -> None:
@@ -393,8 +410,24 @@ class _Plan:
             held = factors.get(layer)
             if held:
                 check_factors(f"adapter {name}, layer {layer}", info, held, max_rank)
-                self.layouts[place] = LayerLayout(info, layers.orders[layer], held, self.rows.at(place))
+                layout = LayerLayout(info, layers.orders[layer], held, self.rows.at(place))
+                if layout.size:
+                    self.layouts[place] = layout
         self.sizes = [layout.size for layout in self.layouts.values()]
+        self.digest = _digest(factors) if layers.config.world_size > 1 else ""
+
+
+def _digest(factors: Factors) -> str:
+    """A checksum of all factors, fast enough for gigabytes; it is to find mistakes, not malice."""
+    total = 0
+    for layer, held in sorted(factors.items()):
+        for (expert, projection), factor in sorted(held.items()):
+            text = f"{layer} {expert} {projection} {factor.scaling} {list(factor.a.shape)} {list(factor.b.shape)}"
+            total = zlib.crc32(text.encode(), total)
+            for tensor in (factor.a, factor.b):
+                data: Any = tensor.contiguous().view(torch.uint8).numpy()
+                total = zlib.crc32(data, total)
+    return f"{total:08x}"
 
 
 def build_context(info: MoEQuantInfo, adapters: Sequence[LayerFactors], dtype: torch.dtype) -> MoELoRAContext:
@@ -416,14 +449,14 @@ def _random(info: MoEQuantInfo, rank: int, projections: Collection[Projection] |
 
     Not the same tensors, which would be held once: a dummy takes the room of an adapter that shares nothing.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator, shard = torch.Generator().manual_seed(0), shard_of(info)
     if projections is None:
         projections = ("gate", "up", "down") if info.activation.gated else ("up", "down")
     made: LayerFactors = {}
     for projection in projections:
-        n, k = info.intermediate_size, info.hidden_size
+        n, k = shard.intermediate_size, info.hidden_size
         n, k = (k, n) if projection == "down" else (n, k)
         a = torch.randn(max(rank, 0), k, generator=generator) / math.sqrt(k)
         b = torch.randn(n, max(rank, 0), generator=generator) / math.sqrt(max(rank, 1))
-        made |= {(e, projection): Factor(a.view_as(a), b.view_as(b), 1.0) for e in range(info.num_experts)}
+        made |= {(e, projection): Factor(a.view_as(a), b.view_as(b), 1.0) for e in range(shard.num_experts)}
     return made

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant_moelora.core.errors import AdapterError
 from quant_moelora.core.injection import ActivationCallable, Injection, MoeSumCallable
 from quant_moelora.core.lora_context import MoELoRAContext
 from quant_moelora.core.quant_info import MoEQuantInfo
@@ -27,7 +28,11 @@ class LoRAInjection:
     The deltas are added in float32 to the values that the GEMMs stored, so that a row without an adapter is bitwise
     the row of the base. Built when adapters are attached, never in a forward. On a GPU, in bfloat16 and float16, the
     closures call operators with fused kernels, which compute the base's activation and sum too; elsewhere they are
-    plain torch around the base's own callables.
+    plain torch around the base's own callables. Between shrink and expand stand the collectives of a context that is
+    fully sharded.
+
+    Raises:
+        AdapterError: the context is fully sharded and has no collectives.
     """
 
     ctx: MoELoRAContext | None
@@ -36,6 +41,13 @@ class LoRAInjection:
 
     def __init__(self, base: Injection, ctx: MoELoRAContext, info: MoEQuantInfo) -> None:
         facts = LayerFacts(info.activation, info.intermediate_size, info.inter_pad, info.router_weight == "input")
+        if ctx.rank_shard[1] > 1 and ctx.collectives is None:
+            raise AdapterError(
+                "LoRA context",
+                got="fully sharded factors and no collectives",
+                rule="both or neither",
+                remedy="attach it to a DistributedExperts, which knows the processes",
+            )
         self.ctx = ctx
         self._layer = LoRALayer(LoRATables.of(ctx), facts, info.hidden_size).arguments()
         self.activation = _with_expand13(base.activation, ctx, self._layer)
@@ -47,9 +59,10 @@ class LoRAInjection:
         if _asks_for_none(routing, plan):
             return
         if _on_gpu(x):
-            ws.keep(_V13, lora_shrink13(x, *_routed(routing, plan), *self._layer))
+            v = lora_shrink13(x, *_routed(routing, plan), *self._layer)
         else:
-            shrink13(x, self.ctx, plan, routing.top_k, _buffer(ws, _V13, plan, self.ctx.v13_width))
+            v = shrink13(x, self.ctx, plan, routing.top_k, _buffer(ws, _V13, plan, self.ctx.v13_part))
+        ws.keep(_V13, v if self.ctx.collectives is None else self.ctx.collectives.gather(v))
 
 
 def _asks_for_none(routing: Routing, plan: Plan) -> bool:
@@ -86,10 +99,14 @@ def _with_expand2(base: MoeSumCallable, ctx: MoELoRAContext, layer: tuple[Any, .
         if _asks_for_none(routing, plan):
             return base(h, y, out, routing, plan, ws)
         if _on_gpu(out):
-            lora_moe_sum_out(y, ws.last(_V2), plan.inverse, *_routed(routing, plan), *layer, out)
+            v = whole(ws.last(_V2))
+            lora_moe_sum_out(y, v, plan.inverse, *_routed(routing, plan), *layer, out)
             return out
-        v = shrink2(h, ctx, plan, _buffer(ws, _V2, plan, ctx.v2_width))
+        v = whole(shrink2(h, ctx, plan, _buffer(ws, _V2, plan, ctx.v2_width)))
         return base(h, expand2(v, ctx, plan, y.to(torch.float32, copy=True)), out, routing, plan, ws)
+
+    def whole(v: Tensor) -> Tensor:
+        return v if ctx.collectives is None else ctx.collectives.sum(v)
 
     return moe_sum
 

@@ -10,7 +10,7 @@ import torch
 
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.errors import ShapeError, UnsupportedError
-from quant_moelora.core.quant_info import MoEQuantInfo, Shard
+from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.scheme import QuantScheme
 from tests.builders import SILU, dense, layer, packed, same_bits, scheme
 
@@ -233,6 +233,6 @@ def test_unknown_words(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("order", ["separate", "concatenated", "interleaved"])
 def test_the_order_in_the_source_changes_nothing(order: Any) -> None:
     info = layer(scheme(4, 32)).info
-    other = replace(info, source_order=order, shard=Shard(0, 1))
+    other = replace(info, source_order=order)
     for one, two in zip(info.dequantize(), other.dequantize(), strict=True):
         assert one is not None and two is not None and torch.equal(one, two)

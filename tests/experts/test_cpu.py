@@ -10,7 +10,6 @@ from torch import Tensor
 
 from quant_moelora.core import packing
 from quant_moelora.core.errors import BackendError
-from quant_moelora.core.quant_info import Shard
 from quant_moelora.core.routing import Routing
 from quant_moelora.core.scheme import QuantScheme
 from quant_moelora.core.weights import PackedWeight
@@ -132,13 +131,12 @@ def test_modes_of_autograd() -> None:
 
 
 def test_declines_with_every_reason() -> None:
-    info = replace(layer(scheme(4, 24), experts=1).info, shard=Shard(1, 4))
+    info = layer(scheme(4, 24), experts=1).info
     assert CpuBackend().supports(info.to("meta"), torch.device("cuda"), torch.float64, lora=True).reasons == (
         "device cuda is not the CPU",
         "activation dtype torch.float64 is not float32, bfloat16 or float16",
         "w13 has groups of 24 columns, which is no multiple of 16",
         "w2 has groups of 24 columns, which is no multiple of 16",
-        "the layer is shard 1 of 4",
     )
     dense = layer(torch.bfloat16, experts=1).info
     verdict = CpuBackend().supports(dense, CPU, torch.bfloat16, lora=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 from quant_moelora.core.backend import ExpertsBackend, Prepared, Verdict
 from quant_moelora.core.errors import BackendError
 from quant_moelora.core.injection import Injection
-from quant_moelora.core.quant_info import MoEQuantInfo, Shard
+from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
+from quant_moelora.core.shard import ParallelConfig
 from quant_moelora.core.workspace import Workspace
 from quant_moelora.experts import registry
 from quant_moelora.experts.marlin import MarlinBackend
@@ -171,18 +172,15 @@ def test_the_layer_logs_the_choice_and_what_a_cast_loses(
 def test_reference_serves(info: MoEQuantInfo, dtype: torch.dtype) -> None:
     backend = ReferenceBackend()
     assert backend.supports(info, CPU, dtype, lora=True).ok
-    assert backend.supports(replace(info, shard=Shard(0, 1)), CPU, dtype, lora=True).ok
+    assert backend.supports(info.part(ParallelConfig(0, 1)), CPU, dtype, lora=True).ok
     prepared = backend.prepare(info, dtype)
     assert prepared.info is info and prepared.dtype == dtype and prepared.lossy is None and not prepared.tensors
     assert backend.workspace(info).device == CPU
 
 
-def test_reference_declines_with_every_reason(info: MoEQuantInfo) -> None:
-    verdict = ReferenceBackend().supports(replace(info, shard=Shard(1, 4)), CPU, torch.float64, lora=True)
-    assert verdict.reasons == (
-        "activation dtype torch.float64 is not float32, bfloat16 or float16",
-        "the layer is shard 1 of 4",
-    )
+def test_reference_declines_a_dtype(info: MoEQuantInfo) -> None:
+    verdict = ReferenceBackend().supports(info, CPU, torch.float64, lora=True)
+    assert verdict.reasons == ("activation dtype torch.float64 is not float32, bfloat16 or float16",)
 
 
 @pytest.fixture
@@ -202,13 +200,12 @@ def test_marlin_serves(group: int | None, dtype: torch.dtype, hopper: torch.devi
 
 
 def test_marlin_declines_with_every_reason(hopper: torch.device) -> None:
-    info = replace(layer(scheme(4, 24), experts=1).info, shard=Shard(1, 4))
+    info = layer(scheme(4, 24), experts=1).info
     assert MarlinBackend().supports(info, CPU, torch.float32, lora=True).reasons == (
         "device cpu is no CUDA device",
         "activation dtype torch.float32 is not bfloat16 or float16",
         "w13 has groups of 24 columns, whose least common part with 128 is below 16",
         "w2 has groups of 24 columns, whose least common part with 128 is below 16",
-        "the layer is shard 1 of 4",
     )
     unquantised = layer(torch.bfloat16, experts=1).info
     reasons = ("w13 is not quantised", "w2 is not quantised")

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from quant_moelora.core.activations import Activation
-from quant_moelora.core.errors import AdapterError
+from quant_moelora.core.errors import AdapterError, ShapeError
 from quant_moelora.core.packing import padded_columns
-from quant_moelora.core.quant_info import Shard
 from quant_moelora.core.routing import Routing
+from quant_moelora.core.shard import ParallelConfig
 from quant_moelora.core.weights import PackedWeight
-from quant_moelora.experts.registry import BACKENDS, judge
+from quant_moelora.experts.registry import BACKENDS
 from quant_moelora.kernels.grouped_gemm.config import choose_tiles
 from quant_moelora.kernels.grouped_gemm.layer import LayerShape
 from quant_moelora.layer import MoEExperts
@@ -242,11 +242,11 @@ def test_every_slot_took_the_largest_rank_of_every_expert() -> None:
 
 @pytest.mark.parametrize("backend", [backend.name for backend in BACKENDS])
 def test_a_part_of_a_layer_was_taken_for_the_whole(backend: str) -> None:
-    """vLLM 16, SGLang 4: until experts are distributed, every backend refuses a shard, and says so."""
+    """vLLM 16, SGLang 4: a layer by itself refuses a part, whose output is not that of the layer, and says so."""
     for quant in (None, DTYPE):
-        info = replace(small(quant), shard=Shard(1, 4))
-        verdict = judge(info, torch.device("cpu"), DTYPE, lora=True)[backend]
-        assert "the layer is shard 1 of 4" in verdict.reasons
+        part = small(quant, inter=128).part(ParallelConfig(1, 2))
+        with pytest.raises(ShapeError, match=r"got a part of one, .*use DistributedExperts"):
+            MoEExperts(part, backend=backend)
 
 
 @QUANTISED

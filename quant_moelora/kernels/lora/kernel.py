@@ -96,7 +96,7 @@ def _shrink13(x, stride_x, rows, v, segment, a13, ranks, rank_block, part, SPEC:
         x_tile = tl.load(x + k[None, :], mask=there[:, None] & real, other=0.0)
         total = tl.dot(a_tile, x_tile.T, total)
     row = (first + i).to(tl.int64) * SPEC.cut.parts13 + part
-    to = v + row[None, :] * SPEC.v13_width + r[:, None]
+    to = v + row[None, :] * SPEC.v13_part + r[:, None]
     tl.store(to, total, mask=there[None, :] & (r < ranks)[:, None])
 
 
@@ -110,6 +110,8 @@ def shrink13(program, x, stride_x, rows, v, tables, held, SPEC: tl.constexpr):
     gate = _of_projection(tables[2], slot, expert, has, SPEC, GATE)
     up = _of_projection(tables[2], slot, expert, has, SPEC, UP)
     ranks = tl.maximum(gate, up + _up_col(tables, slot, expert, has, SPEC))
+    if SPEC.sharers > 1:
+        ranks = (ranks - SPEC.own + SPEC.sharers - 1) // SPEC.sharers
     rank_block = program // SPEC.cut.parts13 % SPEC.rank_blocks13
     part = program % SPEC.cut.parts13
     if rank_block * SPEC.cut.shrink_ranks < ranks:
@@ -341,7 +343,7 @@ def activate_kernel(
 def _expand2(v, delta, b, ranks, scale, segment, block, SPEC: tl.constexpr, MORE: tl.constexpr):
     """delta of the first ROWS rows of a segment, in the columns of one program; MORE: of several blocks of ranks."""
     _, first, count, _ = segment
-    N: tl.constexpr = SPEC.hidden
+    N: tl.constexpr = SPEC.b2_columns
     BN: tl.constexpr = EXPAND
     STEPS: tl.constexpr = (N + BN * SPEC.cut.expand_blocks - 1) // (BN * SPEC.cut.expand_blocks)
     PARTS: tl.constexpr = SPEC.cut.parts2

@@ -13,6 +13,7 @@ from torch import Tensor
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.errors import AdapterError
 from quant_moelora.core.lora_context import MoELoRAContext
+from quant_moelora.core.shard import hidden_part
 from quant_moelora.kernels.common.launch import is_interpreted, launch, overlaps
 from quant_moelora.kernels.lora.spec import Cut, LoRASpec, choose_cut
 from quant_moelora.kernels.moe_sum.launch import Deltas
@@ -22,7 +23,10 @@ _REGISTERS = 128  # of a thread of `activate_kernel`, so that four blocks fit a 
 
 
 class LoRATables(NamedTuple):
-    """The tensors and the largest rank of a `MoELoRAContext`, as operators take them."""
+    """The tensors and the largest rank of a `MoELoRAContext`, as operators take them.
+
+    ``own`` and ``sharers`` are its ``rank_shard``.
+    """
 
     arena: Tensor  # (any,) of the activation dtype
     offsets: Tensor  # (slots, 4, E) int64
@@ -30,11 +34,14 @@ class LoRATables(NamedTuple):
     up_col: Tensor  # (slots, E) int32
     scaling: Tensor  # (slots, 3, E) float32
     max_rank: int
+    own: int = 0
+    sharers: int = 1
 
     @staticmethod
     def of(ctx: MoELoRAContext) -> LoRATables:
         """Those of a context."""
-        return LoRATables(**ctx.tensors(), max_rank=ctx.max_rank)
+        own, sharers = ctx.rank_shard
+        return LoRATables(**ctx.tensors(), max_rank=ctx.max_rank, own=own, sharers=sharers)
 
 
 class LayerFacts(NamedTuple):
@@ -83,7 +90,7 @@ class LoRAForward:
         segments: of the plan; None where rows are pairs.
         v13: parts of A13 x.
         v2: parts of A2 h.
-        delta: scaling * B2 (A2 h), of the activation dtype.
+        delta: scaling * B2 (A2 h), of the activation dtype, in the columns of B2 that are held here.
     """
 
     spec: LoRASpec
@@ -93,9 +100,9 @@ class LoRAForward:
     slots: Tensor  # (M,) int32
     rows: Tensor | None  # (P,) int32
     segments: Tensor | None  # (T, 4) int32
-    v13: Tensor  # (P, parts13, 2 * max_rank) float32
+    v13: Tensor  # (P, parts13, v13_part) float32, or (P, 1, v13_width) once gathered
     v2: Tensor  # (P, parts2, max_rank) float32
-    delta: Tensor  # (P, H)
+    delta: Tensor  # (P, b2_columns)
 
     @staticmethod
     def new(
@@ -127,7 +134,7 @@ class LoRAForward:
             )
         pairs, hidden = topk_ids.numel(), x.shape[1]
         slots_of, _, experts = tables.rank.shape
-        sizes = (experts, slots_of, topk_ids.shape[1], hidden, tables.max_rank)
+        sizes = (experts, slots_of, topk_ids.shape[1], hidden, tables.max_rank, tables.own, tables.sharers)
         cut = cut or choose_cut(pairs, experts, hidden, facts.inter_pad, tables.max_rank)
         spec = _spec(cut, segments is None, sizes, facts, overlaps(x.device), is_interpreted(x.device))
         return LoRAForward(
@@ -138,9 +145,9 @@ class LoRAForward:
             slots,
             rows,
             segments,
-            v13=buffers("lora_v13", (pairs, spec.cut.parts13, spec.v13_width), torch.float32),
+            v13=buffers("lora_v13", (pairs, spec.cut.parts13, spec.v13_part), torch.float32),
             v2=buffers("lora_v2", (pairs, spec.cut.parts2, spec.max_rank), torch.float32),
-            delta=buffers("lora_delta", (pairs, hidden), x.dtype),
+            delta=buffers("lora_delta", (pairs, spec.b2_columns), x.dtype),
         )
 
     @property
@@ -197,15 +204,14 @@ class LoRAForward:
     @property
     def deltas(self) -> Deltas:
         """What `moe_sum` adds."""
-        return Deltas(self.delta, self.slots, self.tables.rank)
+        begin = hidden_part(self.spec.hidden, self.spec.own, self.spec.sharers).begin
+        return Deltas(self.delta, self.slots, self.tables.rank, begin)
 
 
 @functools.lru_cache(maxsize=1 << 12)  # a forward asks, and has no time for it
-def _spec(
-    cut: Cut, direct: bool, sizes: tuple[int, int, int, int, int], facts: LayerFacts, overlap: bool, plain: bool
-) -> LoRASpec:
-    """The spec of forwards that are cut alike; sizes are E, slots, k, H and the largest rank."""
-    num_experts, num_slots, top_k, hidden, max_rank = sizes
+def _spec(cut: Cut, direct: bool, sizes: tuple[int, ...], facts: LayerFacts, overlap: bool, plain: bool) -> LoRASpec:
+    """The spec of forwards that are cut alike; sizes are E, slots, k, H, largest rank, own and sharers."""
+    num_experts, num_slots, top_k, hidden, max_rank, own, sharers = sizes
     function = facts.activation
     return LoRASpec(
         num_experts=num_experts,
@@ -221,6 +227,9 @@ def _spec(
         limit=function.limit or 0.0,
         weighted=facts.weigh_input,
         max_rank=max_rank,
+        own=own,
+        sharers=sharers,
+        b2_columns=hidden_part(hidden, own, sharers).size,
         cut=cut,
         gemm_parts=1,
         overlap=overlap,

@@ -1,13 +1,15 @@
 """The operators of LoRA beside any backend's products: `lora_shrink13`, `lora_activate` and `lora_moe_sum`.
 
 They are what the injection's closures call on a GPU. v goes from one to the next in memory for the most parts that
-there may be, since how many there are depends on the number of pairs, which `torch.compile` leaves open.
+there may be, since how many there are depends on the number of pairs, which `torch.compile` leaves open. Where several
+processes share it (`LoRATables`), it is summed up to one part, which they exchange between two operators.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from quant_moelora.core.activations import Activation
 from quant_moelora.kernels.common.library import define, fields
 from quant_moelora.kernels.lora.launch import LayerFacts, LoRAForward, LoRATables, alone
-from quant_moelora.kernels.lora.spec import most_parts
+from quant_moelora.kernels.lora.spec import choose_cut, most_parts
 from quant_moelora.kernels.moe_sum.launch import moe_sum
 
 
@@ -48,7 +50,9 @@ class LoRALayer(NamedTuple):
         return LoRALayer(LoRATables(*arguments[:count]), facts, hidden)
 
     def v_widths(self) -> tuple[int, int]:
-        """Elements of a row of v13, and of v2, for the most parts."""
+        """Elements of a row of v13 as it is shrunk, and of v2, for the most parts."""
+        if self.tables.sharers > 1:
+            return -(-2 * self.tables.max_rank // self.tables.sharers), self.tables.max_rank
         parts13, parts2 = most_parts(self.hidden, self.facts.inter_pad)
         return parts13 * 2 * self.tables.max_rank, parts2 * self.tables.max_rank
 
@@ -65,8 +69,15 @@ def _forward(
     given: Tensor,  # any shape, of the activation dtype
     arguments: Sequence[Any],  # _ROUTED, as of `LoRAForward`, and _LAYER
     held: dict[str, Tensor],  # (P, of `v_widths`) float32, by name
+    **read: int,
 ) -> LoRAForward:
     """The launches of a forward with at least one pair.
+
+    Args:
+        given: anything of the activation dtype.
+        arguments: of the operator.
+        held: where v is read and written. Parts that are to be summed up, if there are several, are elsewhere.
+        read: how many parts of a v that processes have exchanged are read.
 
     Raises:
         AdapterError: the adapters are of another dtype than ``given``.
@@ -76,9 +87,16 @@ def _forward(
     like = given.new_empty(0, lora.hidden)
 
     def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if name in (_V13, _V2):  # of one that a step neither reads nor writes there need be none
-            return held[name].view(-1)[: math.prod(shape)].view(shape) if name in held else like
+        if name in (_V13, _V2) and name not in held:  # a step that neither reads nor writes it needs none
+            return like
+        if name in held and held[name].numel() >= math.prod(shape):
+            return held[name].view(-1)[: math.prod(shape)].view(shape)
         return like.new_empty(shape, dtype=dtype)
+
+    cut = None
+    if lora.tables.sharers > 1:
+        sizes = (lora.tables.rank.shape[2], lora.hidden, lora.facts.inter_pad, lora.tables.max_rank)
+        cut = replace(choose_cut(ids.numel(), *sizes), **read)
 
     return LoRAForward.new(
         like,
@@ -90,7 +108,17 @@ def _forward(
         rows,
         segments,
         buffer,
+        cut,
     )
+
+
+def _sum_up(
+    parts: Tensor,  # (P, parts, W) float32
+    v: Tensor,  # (P, any) float32
+) -> None:
+    """Write the sum of parts to ``v``, unless it is what they were written to."""
+    if parts.data_ptr() != v.data_ptr():
+        torch.sum(parts, 1, out=v)
 
 
 def _shrink_results(x: Tensor, ids: Tensor, *rest: Any) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -108,6 +136,7 @@ def _shrink(
         with torch.cuda.device_of(x):  # Triton launches on the current device, whichever the tensors are on
             forward = _forward(x, rest, {_V13: v13})
             alone(forward.shrink_rider(x.contiguous()))
+            _sum_up(forward.v13, v13)
 
 
 def _activate_results(
@@ -126,8 +155,9 @@ def _activate(
     *rest, h, v2 = arguments
     if rest[0].numel():
         with torch.cuda.device_of(gate_up):
-            forward = _forward(gate_up, rest, {_V13: v13, _V2: v2})
+            forward = _forward(gate_up, rest, {_V13: v13, _V2: v2}, parts13=1)
             forward.activate(gate_up.contiguous(), h)
+            _sum_up(forward.v2, v2)
 
 
 def _sum_results(
@@ -148,7 +178,7 @@ def _sum(
         out.zero_()
         return
     with torch.cuda.device_of(y):
-        forward = _forward(y, rest, {_V2: v2})
+        forward = _forward(y, rest, {_V2: v2}, parts2=1)
         alone(forward.expand_rider())
         spec, ids = forward.spec, forward.topk_ids
         weights = None if spec.weighted else forward.topk_weights

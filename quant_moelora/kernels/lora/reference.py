@@ -17,12 +17,13 @@ def shrink13(
     ctx: MoELoRAContext,
     plan: Plan,
     top_k: int,
-    v: Tensor,  # (P, v13_width) float32
+    v: Tensor,  # (P, v13_part) float32
 ) -> Tensor:
     """v[i] = A13 x[token of i] for sorted rows whose adapter has an A13 for their expert; others are not written."""
+    own, of = ctx.rank_shard
     for expert, slot, held in _segments(plan, ctx):
         ranks = ctx.rank[slot, :, expert].tolist()
-        rows = max(ranks[GATE], int(ctx.up_col[slot, expert]) + ranks[UP])
+        rows = (max(ranks[GATE], int(ctx.up_col[slot, expert]) + ranks[UP]) - own + of - 1) // of
         a13 = _factor(ctx, slot, expert, A13, rows, ctx.hidden_size)
         if a13 is not None:
             tokens = plan.rows[held].to(torch.int64) // top_k
@@ -73,12 +74,13 @@ def expand2(
     plan: Plan,
     y: Tensor,  # (P, H) float32
 ) -> Tensor:
-    """Add scaling * B2 v to y, in place."""
+    """Add scaling * B2 v to y, in place, in the columns that are held here."""
+    part = ctx.hidden_part
     for expert, slot, held in _segments(plan, ctx):
         rank = int(ctx.rank[slot, DOWN, expert])
-        b2 = _factor(ctx, slot, expert, B2, rank, ctx.hidden_size)
+        b2 = _factor(ctx, slot, expert, B2, rank, part.size)
         if b2 is not None:
-            y[held] += ctx.scaling[slot, DOWN, expert] * (v[held, :rank] @ b2)
+            y[held, part.slice] += ctx.scaling[slot, DOWN, expert] * (v[held, :rank] @ b2)
     return y
 
 

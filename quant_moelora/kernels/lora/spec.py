@@ -49,7 +49,7 @@ class LoRASpec:
         num_slots: slots of the context.
         top_k: k.
         direct: whether rows are pairs and each is a segment of its own.
-        hidden: H, columns of A13 and B2.
+        hidden: H, columns of A13.
         inter: I.
         inter_pad: columns of B13 and A2.
         gated: whether gate_up has a gate.
@@ -58,6 +58,9 @@ class LoRASpec:
         limit: of the activation, or 0.
         weighted: whether the router's weight multiplies gate_up.
         max_rank: columns of v = A2 h, and half of those of v = A13 x.
+        own: place among the processes that share the rows of A13 and the columns of B2 (`MoELoRAContext`).
+        sharers: how many these are.
+        b2_columns: columns of B2 held here.
         cut: how the work is cut.
         gemm_parts: partial sums that gate_up is in.
         overlap: whether kernels may be launched while the one before still runs.
@@ -77,6 +80,9 @@ class LoRASpec:
     limit: float
     weighted: bool
     max_rank: int
+    own: int
+    sharers: int
+    b2_columns: int
     cut: Cut
     gemm_parts: int
     overlap: bool
@@ -85,12 +91,17 @@ class LoRASpec:
     @property
     def v13_width(self) -> int:
         """Columns of v = A13 x."""
-        return 2 * self.max_rank
+        return self.v13_part * self.sharers
+
+    @property
+    def v13_part(self) -> int:
+        """Columns of v = A13 x that are computed here."""
+        return -(-2 * self.max_rank // self.sharers)
 
     @property
     def rank_blocks13(self) -> int:
         """Programs that share the rows of A13."""
-        return -(-self.v13_width // self.cut.shrink_ranks)
+        return -(-self.v13_part // self.cut.shrink_ranks)
 
     @property
     def activation_steps(self) -> int:

@@ -20,9 +20,11 @@ def moe_sum_kernel(
     inverse,  # (P,) int32, sorted row of each pair; None where rows are pairs
     ids,  # (M, k)
     weights,  # (M, k) float32
-    delta,  # (P, H), added to y where an adapter has a rank; None without adapters
+    delta,  # (P, delta_columns), added to y where an adapter has a rank; None without adapters
     slots,  # (M,) int32
     rank,  # (slots, 3, E) int32 of the LoRA context
+    delta_begin,  # column of y that delta begins at
+    delta_columns,
     out,  # (M, H)
     num_experts,
     num_slots,
@@ -30,6 +32,7 @@ def moe_sum_kernel(
     TOP_K: tl.constexpr,
     WEIGHTED: tl.constexpr,
     PARTS: tl.constexpr,
+    SOME: tl.constexpr,  # whether delta has fewer columns than y
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -42,6 +45,7 @@ def moe_sum_kernel(
     if delta is not None:
         adapter = tl.load(slots + token).to(tl.int64)
         has = (adapter >= 0) & (adapter < num_slots)
+        own = (column >= delta_begin) & (column < delta_begin + delta_columns) if SOME else real
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
         expert = tl.load(ids + pair)
@@ -56,7 +60,8 @@ def moe_sum_kernel(
         if delta is not None:
             ranks = tl.load(rank + (adapter * 3 + DOWN) * num_experts + expert, mask=has & held, other=0)
             # Loaded without waiting for the rank: what nobody wrote is left out afterwards.
-            added = tl.load(delta + row * hidden + column, mask=real & held & has, other=0.0).to(tl.float32)
+            at = delta + row * delta_columns + column - delta_begin if SOME else delta + row * hidden + column
+            added = tl.load(at, mask=own & held & has, other=0.0).to(tl.float32)
             value += tl.where(ranks > 0, added, 0.0)
         if WEIGHTED:
             value *= tl.load(weights + pair, mask=held, other=0.0)

@@ -19,11 +19,13 @@ class Deltas(NamedTuple):
         delta: of the activation dtype; rows whose adapter has no rank are not read.
         slots: of the routing.
         rank: of the LoRA context.
+        begin: column of y that the first column of delta belongs to.
     """
 
-    delta: Tensor  # (P, H)
+    delta: Tensor  # (P, H), or fewer columns
     slots: Tensor  # (M,) int32
     rank: Tensor  # (slots, 3, E) int32
+    begin: int = 0
 
 
 def moe_sum(
@@ -59,7 +61,8 @@ def moe_sum(
         inverse,
         topk_ids,
         topk_weights,
-        *(deltas or (None, None, None)),
+        *(deltas or (None, None, None, 0)),
+        deltas.delta.shape[1] if deltas else 0,
         out,
         num_experts,
         deltas.rank.shape[0] if deltas else 0,
@@ -67,6 +70,7 @@ def moe_sum(
         TOP_K=topk_ids.shape[1],
         WEIGHTED=topk_weights is not None,
         PARTS=y.shape[0] if y.ndim == 3 else 1,
+        SOME=deltas is not None and deltas.delta.shape[1] < hidden,
         BLOCK=block,
         OVERLAP=overlap,
         overlap=overlap,

@@ -1,0 +1,1 @@
+"""Tensor and expert parallel on torch.distributed: experts of one layer shared by several processes."""

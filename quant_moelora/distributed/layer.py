@@ -1,0 +1,154 @@
+"""DistributedExperts: MoEExperts of which each process of a mesh holds a part."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from quant_moelora.core.backend import ExpertsBackend
+from quant_moelora.core.errors import ShapeError, UnsupportedError
+from quant_moelora.core.lora_context import MoELoRAContext
+from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.core.routing import BASE_SLOT
+from quant_moelora.core.shard import split
+from quant_moelora.core.workspace import Workspace
+from quant_moelora.distributed.exchange import Tokens, Traffic, collect, deliver, owners
+from quant_moelora.distributed.mesh import ExpertMesh, TensorParallelRanks
+from quant_moelora.experts.registry import AUTO
+from quant_moelora.layer import MoEExperts
+
+Exchange = Literal["none", "all_gather", "all_to_all", "auto"]
+
+
+class DistributedExperts(MoEExperts):
+    """The routed experts of one layer, shared by the processes of a mesh.
+
+    Every process calls every forward, with or without tokens and adapters, since each takes part in all collectives.
+    Ids are those of the whole layer; slots mean the same adapter on every process. Tokens are the same on all processes
+    of a tensor parallel group. The sum of the parts is one collective, in the activation dtype.
+
+    How tokens come to the processes of an expert parallel group:
+
+    * ``none``: they are there already, the same on every process; outputs are all-reduced.
+    * ``all_gather``: each process has its own; all get all, and outputs are reduced and scattered. With ``rows`` it
+      has one shape and waits for nothing, so that CUDA graphs capture it and `torch.compile` makes one graph of it.
+    * ``all_to_all``: each token goes only where it has an expert, which the host has to know.
+    * ``auto``: whichever of the last two moves fewer rows, forward by forward; ``all_gather`` if ``rows`` is given.
+
+    Args:
+        info: this process's part: of `load_experts(.., shard=mesh.config)` or `MoEQuantInfo.part(mesh.config)`.
+        mesh: the processes.
+        exchange: see above; without expert parallel it changes nothing.
+        rows: tokens of a process in each forward, at most: there are always as many rows, the others without an expert.
+            None for as many as there are.
+        backend: as of `MoEExperts`.
+        tuned_configs: as of `MoEExperts`.
+        workspace: as of `MoEExperts`.
+
+    Raises:
+        ShapeError: the info is not the part that belongs to this process.
+        UnsupportedError: an unknown exchange, or ``rows`` with one that has no use for it.
+    """
+
+    def __init__(
+        self,
+        info: MoEQuantInfo,
+        mesh: ExpertMesh,
+        *,
+        exchange: Exchange = "auto",
+        rows: int | None = None,
+        backend: str | ExpertsBackend = AUTO,
+        tuned_configs: str | os.PathLike[str] | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        if exchange not in get_args(Exchange) or (rows is not None and exchange in ("none", "all_to_all")):
+            raise UnsupportedError(
+                "exchange",
+                got=f"{exchange}, rows={rows}",
+                rule=f"one of {', '.join(get_args(Exchange))}, and rows only where tokens are gathered",
+                remedy="leave rows away, or choose all_gather",
+            )
+        self._mesh_of_parts = mesh
+        self._exchange: Exchange = "none" if mesh.ep.size == 1 else exchange
+        self._rows = rows
+        super().__init__(info, backend, tuned_configs, workspace)
+        assert self.info.shard is not None  # _check_shard
+        self._spans = split("experts", self.info.shard.num_experts, mesh.ep.size)
+
+    @property
+    def mesh(self) -> ExpertMesh:
+        """The processes."""
+        return self._mesh_of_parts
+
+    def _check_shard(self, info: MoEQuantInfo) -> None:
+        got, expected = None if info.shard is None else info.shard.config, self._mesh_of_parts.config
+        if got != expected:
+            raise ShapeError(
+                "layer of experts",
+                got=f"a part for {got}" if got else "a whole layer",
+                rule=f"the part for {expected}",
+                remedy="take the part with MoEQuantInfo.part(mesh.config), or load it with shard=mesh.config",
+            )
+
+    def attach(self, ctx: MoELoRAContext | None) -> None:
+        """Serve the adapters of ``ctx`` from now on (None: none); see `MoEExperts.attach`. All processes do it."""
+        if ctx is not None and ctx.rank_shard[1] > 1:
+            ctx = replace(ctx, collectives=TensorParallelRanks(self._mesh_of_parts.tp))
+        super().attach(ctx)
+
+    def forward(
+        self,
+        x: Tensor,  # (M, H) float
+        topk_ids: Tensor,  # (M, k) int, experts of the whole layer; ids outside 0..E-1 = none
+        topk_weights: Tensor,  # (M, k) float
+        adapter_ids: Tensor | None = None,  # (M,) int, slot of each token's adapter, -1 = base
+    ) -> Tensor:  # (M, H) of x's dtype
+        """Weighted sum of each token's experts on all processes, with each token's adapter.
+
+        Raises:
+            ShapeError: x is not [M, H], the routing is of other tokens, or there are more tokens than ``rows``.
+            AdapterError: adapter ids are given and no adapter is attached.
+            BackendError: no backend serves x's dtype.
+        """
+        self._check_tokens(x, topk_ids, adapter_ids)
+        if adapter_ids is None:
+            adapter_ids = torch.full((x.shape[0],), BASE_SLOT, dtype=torch.int32, device=x.device)
+        ids, weights, slots = topk_ids.to(torch.int32), topk_weights.to(torch.float32), adapter_ids.to(torch.int32)
+        tokens, mesh = Tokens(x, ids, weights, slots), self._mesh_of_parts
+        if self._exchange == "none":
+            return mesh.ep.all_reduce(mesh.tp.all_reduce(self._compute(tokens)))
+        return mesh.tp.all_reduce(self._exchanged(tokens))
+
+    def _compute(self, tokens: Tokens) -> Tensor:  # (M, H)
+        """This process's part of the output of any tokens."""
+        assert self.info.shard is not None  # _check_shard
+        # An id of somebody else's is outside of those here, below or above.
+        ids = tokens.ids - self.info.shard.experts.begin
+        # Processes of a group go one way, so that each meets the others' collectives.
+        slots = None if self.injection.ctx is None else tokens.slots
+        return super().forward(tokens.x, ids, tokens.weights, slots)
+
+    def _exchanged(self, tokens: Tokens) -> Tensor:  # (M, H)
+        """The output of this process's tokens, summed over the experts of all processes."""
+        group, count = self._mesh_of_parts.ep, tokens.x.shape[0]
+        if self._rows is not None:
+            return self._gathered(tokens, self._rows)
+        needed = owners(tokens.ids, self._spans)
+        traffic = Traffic.of(group, needed)
+        fewer = traffic.exchanged_rows < traffic.gathered_rows
+        if self._exchange == "all_gather" or (self._exchange == "auto" and not fewer):
+            return self._gathered(tokens, max(traffic.tokens))
+        arrived, delivery = deliver(tokens, needed, traffic, group)
+        out = collect(self._compute(arrived), delivery, group)
+        assert out.shape[0] == count
+        return out
+
+    def _gathered(self, tokens: Tokens, rows: int) -> Tensor:  # (M, H)
+        """`_exchanged` by all-gather, with as many rows of each process."""
+        group = self._mesh_of_parts.ep
+        everybody = tokens.unpack(group.all_gather(tokens.padded(rows).pack()))
+        return group.reduce_scatter(self._compute(everybody))[: tokens.x.shape[0]]

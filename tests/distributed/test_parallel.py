@@ -1,0 +1,62 @@
+"""Layers in parallel on four processes with gloo: what `processes.run` found on each of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.spawn import spawn
+
+from tests.distributed import processes
+from tests.distributed.processes import CASES, WORLD
+
+Found = list[dict[str, Any]]
+DEAD = 1  # the rank that ends first
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """By rank."""
+    folder = tmp_path_factory.mktemp("processes")
+    spawn(processes.run, (str(folder),), WORLD)
+    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_in_parallel_is_the_layer(name: str, found: Found) -> None:
+    assert [of_rank[name] for of_rank in found] == [""] * WORLD
+
+
+def test_other_adapters_are_seen(found: Found) -> None:
+    """The bounds tell another adapter apart, on the process whose tokens use it."""
+    assert "outputs are off" in found[0]["wrong"]["ep4-gather"]
+    assert all("outputs are off" in of_rank["wrong"]["tp2-plain"] for of_rank in found)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("layer", "rank 2 has layer 0: .*router weight on the input, and not .*on the output, expected what rank 0"),
+        ("mesh", "rank 1 has mesh: ep=4, tp=1, fully sharded LoRA, and not ep=4, tp=1, plain LoRA"),
+        ("missing adapter", "rank 3 has adapter c: none, and not slot 1, enabled, factors"),
+        ("other factors", r"rank 3 has adapter c: slot 1, enabled, factors (\w{8}), and not .*factors (?!\1)"),
+    ],
+)
+def test_who_disagrees_is_named_on_every_rank(what: str, said: str, found: Found) -> None:
+    assert all(re.search(said, of_rank["disagreements"][what]) for of_rank in found)
+
+
+def test_processes_that_agree_go_on(found: Found) -> None:
+    assert {of_rank["disagreements"][what] for of_rank in found for what in ("none", "same adapters", "again")} == {""}
+
+
+def test_a_process_that_is_gone_is_an_error_on_all_others(found: Found) -> None:
+    """Within the time that was given, and not that of collectives."""
+    for rank, of_rank in enumerate(found):
+        if rank != DEAD:
+            assert f"got nothing from rank {DEAD} in 2 s" in of_rank["deaths"]["agree"]
+            assert of_rank["deaths"]["forward"].startswith("RuntimeError"), "torch's own, since its peer is gone"
+    assert "deaths" not in found[DEAD]
