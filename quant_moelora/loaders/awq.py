@@ -21,9 +21,11 @@ from quant_moelora.core.errors import UnsupportedError
 from quant_moelora.core.scheme import SCALE_DTYPES, QuantScheme, num_groups
 from quant_moelora.loaders.canonical import CanonicalWeight, contiguous_bytes, unpack_words
 from quant_moelora.loaders.codec import (
+    Axes,
     Headers,
     LinearFormat,
     LinearSpec,
+    along,
     check_agrees,
     check_header,
     check_understood,
@@ -82,6 +84,23 @@ class AWQ:
         return LinearFormat(
             self.name, QuantScheme(BITS, group_size, symmetric, scale_dtype), tuple(sorted(self.required)), (version,)
         )
+
+    def axes(self, fmt: LinearFormat) -> Mapping[str, Axes]:
+        """See `Codec.axes`."""
+        assert fmt.scheme is not None  # describe
+        size = fmt.scheme.group_size
+        if GEMV in fmt.options:
+            return {
+                "qweight": Axes((0, 1), (1, PER_WORD)),
+                "qzeros": Axes((0, 1), along(1, size, PER_WORD)),
+                "scales": Axes((0, 1), along(1, size)),
+            }
+        groups = along(0, size)
+        return {
+            "qweight": Axes((1, PER_WORD), (0, 1)),
+            "qzeros": Axes((1, PER_WORD), groups),
+            "scales": Axes((1, 1), groups),
+        }
 
     def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec, fmt: LinearFormat) -> CanonicalWeight:
         """See `Codec.decode`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -183,8 +183,10 @@ class Checkpoint:
                 ) from error
         return self._open[file]
 
-    def read(self, key: str, part: Part | None = None) -> Tensor:
-        """The tensor ``key`` on the CPU, or the ``part`` of it that a header names.
+    def read(self, key: str, part: Part | None = None, window: Sequence[slice] | None = None) -> Tensor:
+        """The tensor ``key`` on the CPU, or the ``part`` of it that a header names; of that only ``window``, if given.
+
+        A window has a slice for each dimension. What is outside of it is not read.
 
         Raises:
             MissingTensorError: the checkpoint has no such tensor.
@@ -196,8 +198,9 @@ class Checkpoint:
             )
         handle = self._handle(header.file)
         if part is None:
-            return handle.get_tensor(key)
-        expert = handle.get_slice(key)[part.expert]
+            return handle.get_tensor(key) if window is None else handle.get_slice(key)[tuple(window)]
+        index = () if window is None else tuple(reversed(window) if part.transposed else window)
+        expert = handle.get_slice(key)[(part.expert, *index)]
         return expert.T if part.transposed else expert
 
     def warn_once(self, message: str) -> None:

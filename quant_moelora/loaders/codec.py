@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,24 @@ class LinearFormat:
         return f"{self.codec} {self.scheme.name if self.scheme else 'none'}"
 
 
+class Axes(NamedTuple):
+    """Where the rows and the columns of a weight lie in a stored tensor: (axis, how many one element is of).
+
+    None for what the tensor does not extend along, so that each part of the weight needs all of it.
+    """
+
+    rows: tuple[int, int] | None
+    columns: tuple[int, int] | None
+
+
+COLUMN_GROUPS = Axes(None, (0, 1))  # of a map of columns to groups (act-order)
+
+
+def along(axis: int, group_size: int | None, groups: int = 1) -> tuple[int, int] | None:
+    """Columns of a tensor that has elements for so many groups each along ``axis``; None for one group for all."""
+    return None if group_size is None else (axis, group_size * groups)
+
+
 class Codec(Protocol):
     """One checkpoint format.
 
@@ -81,8 +99,17 @@ class Codec(Protocol):
         """
         ...
 
+    def axes(self, fmt: LinearFormat) -> Mapping[str, Axes]:
+        """How each tensor that is read can be cut, so that a part of the weight is decoded from parts of its tensors.
+
+        A map of columns to groups (act-order) has columns alone.
+        """
+        ...
+
     def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec, fmt: LinearFormat) -> CanonicalWeight | Tensor:
         """Canonical codes, or the weight itself [..., N, K] if unquantised. All tensors may be stacked alike.
+
+        They may be parts of stored tensors, as of `axes`, with ``spec`` of the part's dimensions.
 
         Raises:
             FormatError: the data contradicts the config.

@@ -21,9 +21,12 @@ from quant_moelora.core.errors import FormatError, MissingTensorError, Unsupport
 from quant_moelora.core.scheme import SCALE_DTYPES, SUPPORTED_BITS, QuantScheme, num_groups
 from quant_moelora.loaders.canonical import CanonicalWeight, trivial_g_idx, unpack_words
 from quant_moelora.loaders.codec import (
+    COLUMN_GROUPS,
+    Axes,
     Headers,
     LinearFormat,
     LinearSpec,
+    along,
     check_agrees,
     check_header,
     normalise_group_size,
@@ -101,6 +104,18 @@ class PackQuantized:
         scheme = QuantScheme(bits, group_size, symmetric, scale_dtype)
         read = tuple(sorted(headers.keys() - {"weight_shape"}))
         return LinearFormat(self.name, scheme, read, warning=weight_only(group))
+
+    def axes(self, fmt: LinearFormat) -> Mapping[str, Axes]:
+        """See `Codec.axes`."""
+        scheme = fmt.scheme
+        assert scheme is not None  # describe
+        per_word, groups = 32 // scheme.bits, along(1, scheme.group_size)
+        return {
+            "weight_packed": Axes((0, 1), (1, per_word)),
+            "weight_scale": Axes((0, 1), groups),
+            "weight_zero_point": Axes((0, per_word), groups),
+            "weight_g_idx": COLUMN_GROUPS,
+        }
 
     def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec, fmt: LinearFormat) -> CanonicalWeight:
         """See `Codec.decode`."""

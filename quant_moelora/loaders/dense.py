@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from quant_moelora.core.weights import DENSE_DTYPES
-from quant_moelora.loaders.codec import Headers, LinearFormat, LinearSpec, check_header
+from quant_moelora.loaders.codec import Axes, Headers, LinearFormat, LinearSpec, check_header
 
 
 class Dense:
@@ -26,6 +26,10 @@ class Dense:
         """See `Codec.describe`; the config says nothing of an unquantised weight."""
         check_header(headers["weight"], spec, (spec.n, spec.k), DENSE_DTYPES, "unquantised")
         return LinearFormat(self.name, None, ("weight",), (str(headers["weight"].dtype),))
+
+    def axes(self, fmt: LinearFormat) -> Mapping[str, Axes]:
+        """See `Codec.axes`."""
+        return {"weight": Axes((0, 1), (1, 1))}
 
     def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec, fmt: LinearFormat) -> Tensor:  # (..., N, K)
         """The weight itself."""

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from quant_moelora.core import packing
 from quant_moelora.core.errors import UnsupportedError
 from quant_moelora.core.parallel import in_parallel
 from quant_moelora.core.quant_info import MoEQuantInfo
-from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
+from quant_moelora.core.shard import ParallelConfig, Shard, Span
+from quant_moelora.loaders.canonical import CanonicalWeight, check_finite, trivial_g_idx
 from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader, resolve_checkpoint
+from quant_moelora.loaders.codec import COLUMN_GROUPS, Axes
 from quant_moelora.loaders.families import Stored, build_skeleton, find_experts
 from quant_moelora.loaders.layer_format import LayerFormat, describe_layers
 from quant_moelora.loaders.pack import Weight, build_info, join_experts
 from quant_moelora.loaders.promote import promote
+from quant_moelora.loaders.registry import StoredLinear
+from quant_moelora.loaders.slices import Cut, read_windows, row_spans, windows
 
 # Codes of the experts that are decoded together: on the CPU so few that they stay in a core's caches, on another device
 # so many that launches do not matter. As many are in work by all threads of the CPU (benchmarks/NOTES.md).
@@ -27,17 +33,22 @@ CODES_IN_CACHE = 1 << 22
 CODES_IN_WORK = 1 << 26
 
 
-def load_experts(path: str | Path, layer: int, device: torch.device | str = "cpu") -> MoEQuantInfo:
-    """The experts of one layer, packed.
+def load_experts(
+    path: str | Path, layer: int, device: torch.device | str = "cpu", shard: ParallelConfig | None = None
+) -> MoEQuantInfo:
+    """The experts of one layer, packed, or one process's part of them.
 
     Args:
         path: folder of a checkpoint, or a repository of the hub.
         layer: number of the layer, as the checkpoint counts.
         device: where the packed tensors go.
+        shard: this process's place among those that share the layer; it reads its part of the files alone, except
+            where act-order of down spreads it over all of its experts' tensors.
 
     Raises:
         FormatError: a tensor is missing or misshapen, or the files contradict each other.
-        UnsupportedError: a format or model family that is not served, or a layer without routed experts.
+        UnsupportedError: a format or model family that is not served, a layer without routed experts, or more
+            processes than can have a part.
     """
     checkpoint = Checkpoint(resolve_checkpoint(path))
     model = build_skeleton(checkpoint)
@@ -49,11 +60,16 @@ def load_experts(path: str | Path, layer: int, device: torch.device | str = "cpu
             rule=f"a layer with routed experts: {', '.join(map(str, specs)) or 'the model has none'}",
             remedy="choose one of them",
         )
-    return load_layer(checkpoint, describe_layers(checkpoint, [specs[layer]], model)[0], device)
+    return load_layer(checkpoint, describe_layers(checkpoint, [specs[layer]], model)[0], device, shard)
 
 
 def load_layer(
-    checkpoint: Checkpoint, layer: LayerFormat, device: torch.device | str, *, codes_at_once: int | None = None
+    checkpoint: Checkpoint,
+    layer: LayerFormat,
+    device: torch.device | str,
+    shard: ParallelConfig | None = None,
+    *,
+    codes_at_once: int | None = None,
 ) -> MoEQuantInfo:
     """Read, decode and pack one layer, some experts at a time and in the order in which they lie in the files.
 
@@ -63,6 +79,7 @@ def load_layer(
         checkpoint: the checkpoint.
         layer: how it holds the layer.
         device: where tensors are decoded, and stay.
+        shard: as of `load_experts`.
         codes_at_once: codes of the experts that are decoded together, though never less than one expert's; None for a
             number that suits the device.
 
@@ -72,43 +89,94 @@ def load_layer(
     """
     device, spec = torch.device(device), layer.spec
     on_cpu = device.type == "cpu"
-    codes = spec.hidden_size * spec.intermediate_size * len(spec.projections)
+    scheme = layer.scheme("down")
+    unit = math.lcm(packing.TILE, (scheme and scheme.group_size) or 1)  # as of `MoEQuantInfo.inter_unit`
+    held = (shard or ParallelConfig()).shard(spec.num_experts, spec.intermediate_size, unit)
+    codes = spec.hidden_size * held.inter.size * len(spec.projections)
     count = max(1, (codes_at_once or (CODES_IN_CACHE if on_cpu else CODES_IN_WORK)) // codes)
-    experts = list(dict.fromkeys(expert for expert, _ in layer.linears))  # as the files have them
+    own = range(held.experts.begin, held.experts.end)
+    in_files = dict.fromkeys(expert for expert, _ in layer.linears)
+    experts = [expert for expert in in_files if expert in own]
     chunks = [experts[first : first + count] for first in range(0, len(experts), count)]
     workers = min(torch.get_num_threads(), len(chunks), CODES_IN_WORK // (count * codes)) if on_cpu else 1
 
     def load(chunk: list[int]) -> tuple[list[int], MoEQuantInfo]:
-        return chunk, _load_chunk(checkpoint, layer, chunk, device)
+        return [expert - own.start for expert in chunk], _load_chunk(_Reader(checkpoint, layer, chunk, device), held)
 
     with closing(in_parallel(load, chunks, workers)) as parts:
-        info = join_experts(parts, spec.num_experts)
-    return replace(info, source_order=layer.source_order, router_weight=spec.router_weight)
+        info = join_experts(parts, held.experts.size, held.inter.begin)
+    shared = held if held.config.world_size > 1 else None
+    return replace(info, source_order=layer.source_order, router_weight=spec.router_weight, shard=shared)
 
 
-def _load_chunk(checkpoint: Checkpoint, layer: LayerFormat, experts: list[int], device: torch.device) -> MoEQuantInfo:
-    """Some experts of a layer, packed."""
-    w13 = _halves([_read_linear(checkpoint, layer, stored, experts, device) for stored in layer.w13], layer)
-    w2 = _side_by_side([_read_linear(checkpoint, layer, "down", experts, device)])
+class _Reader(NamedTuple):
+    """Some experts of a layer, to be read."""
+
+    checkpoint: Checkpoint
+    layer: LayerFormat
+    experts: list[int]
+    device: torch.device
+
+
+def _load_chunk(reader: _Reader, held: Shard) -> MoEQuantInfo:
+    """Some experts of a layer, or what is held of each of them, packed."""
+    config = held.config
+    if config.tp_size == 1:
+        return _build(reader, reader.layer.spec.intermediate_size, None)
+    if _has_act_order(reader):  # then a span of the stored order is anywhere in the file's
+        whole = _build(reader, reader.layer.spec.intermediate_size, None)
+        return replace(whole.part(ParallelConfig(config.tp_rank, config.tp_size)), shard=None)
+    info = _build(reader, reader.layer.spec.intermediate_size, held.inter)
+    return info if config.tp_rank == 0 else replace(info, w2=replace(info.w2, bias=None))
+
+
+def _build(reader: _Reader, size: int, inter: Span | None) -> MoEQuantInfo:
+    """Some experts, with a span of the intermediate of ``size``, or all of it."""
+    layer, halves = reader.layer, reader.layer.spec.activation.halves
+
+    def rows(stored: Stored) -> Cut:
+        return Cut() if inter is None else Cut(row_spans(inter, size, stored, halves, layer.source_order))
+
+    w13 = _halves([_read_linear(reader, stored, rows(stored)) for stored in layer.w13], layer)
+    w2 = _side_by_side([_read_linear(reader, "down", Cut(columns=inter))])
     biases: list[Tensor] = []
     if layer.spec.has_bias:
-        gate_up = torch.cat([_read_bias(checkpoint, layer, stored, experts, device) for stored in layer.w13], dim=1)
-        biases = [_split(gate_up, layer), _read_bias(checkpoint, layer, "down", experts, device)[:, None]]
+        gate_up = torch.cat([_read_bias(reader, stored, rows(stored)) for stored in layer.w13], dim=1)
+        biases = [_split(gate_up, layer), _read_bias(reader, "down", Cut())[:, None]]
     return build_info(w13, w2, layer.spec.activation, *biases)
 
 
-def _read_bias(
-    checkpoint: Checkpoint, layer: LayerFormat, stored: Stored, experts: list[int], device: torch.device
-) -> Tensor:  # (e, N) float32
+def _has_act_order(reader: _Reader) -> bool:
+    """Whether the columns of down stand in an order of their own in any of the experts."""
+    for expert in reader.experts:
+        linear = reader.layer.linears[expert, "down"]
+        for suffix in linear.fmt.tensors:
+            if linear.codec.axes(linear.fmt)[suffix] == COLUMN_GROUPS:
+                header, scheme = linear.headers[suffix], linear.fmt.scheme
+                assert scheme is not None  # it has groups
+                if not trivial_g_idx(reader.checkpoint.read(header.key, header.part), scheme.group_size):
+                    return True
+    return False
+
+
+def _read_bias(reader: _Reader, stored: Stored, cut: Cut) -> Tensor:  # (e, N) float32
     """Bias of one linear layer of some experts."""
-    bias = _read(checkpoint, [layer.biases[expert, stored] for expert in experts], device)
+    layer, experts = reader.layer, reader.experts
+    bias = _read(reader, [layer.biases[expert, stored] for expert in experts], Axes((0, 1), None), cut)
+    assert bias is not None  # an element is of one row
     check_finite(bias, [layer.linears[expert, stored].spec.module for expert in experts])
     return bias.to(torch.float32)
 
 
-def _read(checkpoint: Checkpoint, headers: list[TensorHeader], device: torch.device) -> Tensor:
-    """Tensors of one shape and dtype, stacked. One alone on the CPU is the mapped file itself, not to be written to."""
-    tensors = [checkpoint.read(header.key, header.part) for header in headers]
+def _read(reader: _Reader, headers: list[TensorHeader], axes: Axes, cut: Cut) -> Tensor | None:
+    """Tensors of one shape and dtype, cut and stacked; None if an element would have to be cut.
+
+    One alone on the CPU is the mapped file itself, not to be written to.
+    """
+    parts, device = windows(axes, headers[0], cut), reader.device
+    if parts is None:
+        return None
+    tensors = [read_windows(reader.checkpoint, header, axes, parts) for header in headers]
     if device.type != "cuda":
         return (torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]).to(device)
     # Pinned memory is kept by torch's allocator and used again when its copy to the device is done.
@@ -116,33 +184,52 @@ def _read(checkpoint: Checkpoint, headers: list[TensorHeader], device: torch.dev
     return torch.stack(tensors, out=staging).to(device, non_blocking=True)
 
 
-def _read_linear(
-    checkpoint: Checkpoint, layer: LayerFormat, stored: Stored, experts: list[int], device: torch.device
-) -> Weight:
-    """One linear layer of some experts, [e, N, K], in the scheme of its weight."""
+def _read_linear(reader: _Reader, stored: Stored, cut: Cut) -> Weight:
+    """What is wanted of one linear layer of some experts, [e, N, K], in the scheme of its weight."""
+    layer, experts = reader.layer, reader.experts
     groups = layer.groups(stored, experts)
     parts: list[Any] = []
     for members, alike in groups:
         held = [layer.linears[expert, stored] for expert in members]
-        tensors = {
-            suffix: _read(checkpoint, [linear.headers[suffix] for linear in held], device)
-            for suffix in alike.fmt.tensors
-        }
-        weight = alike.codec.decode(tensors, alike.spec, alike.fmt)
+        before, after = cut, Cut()  # decoding
+        tensors = _tensors(reader, held, before)
+        if tensors is None:
+            before, after = after, before
+            tensors = _tensors(reader, held, before)
+            assert tensors is not None  # nothing is cut
+        weight = alike.codec.decode(tensors, before.spec(alike.spec), alike.fmt)
         check_finite(weight, [linear.spec.module for linear in held])
         scheme = layer.scheme(stored)
         if isinstance(weight, CanonicalWeight):
             assert scheme is not None  # it has codes
             weight = promote(weight, scheme, alike.spec.module)
-        parts.append(weight)
+        parts.append(after.apply(weight))
     if len(parts) == 1:
         return parts[0]
     places = [experts.index(expert) for members, _ in groups for expert in members]
-    order = torch.tensor(places, device=device).argsort()
+    order = torch.tensor(places, device=reader.device).argsort()
     g_idx = None
     if any(part.g_idx is not None for part in parts):
         g_idx = torch.cat([_column_groups(part) for part in parts])[order]
     return _joined(parts, lambda tensors: torch.cat(tensors)[order], g_idx)
+
+
+def _tensors(reader: _Reader, linears: list[StoredLinear], cut: Cut) -> dict[str, Tensor] | None:
+    """The stored tensors that linear layers of one format are decoded from; None if an element would have to be cut.
+
+    Where columns are cut, what says their groups is left out: it says nothing (`_has_act_order`).
+    """
+    codec, fmt = linears[0].codec, linears[0].fmt
+    axes = codec.axes(fmt)
+    tensors: dict[str, Tensor] = {}
+    for suffix in fmt.tensors:
+        if cut.columns is not None and axes[suffix] == COLUMN_GROUPS:
+            continue
+        read = _read(reader, [linear.headers[suffix] for linear in linears], axes[suffix], cut)
+        if read is None:
+            return None
+        tensors[suffix] = read
+    return tensors
 
 
 def _halves(parts: list[Any], layer: LayerFormat) -> Weight:

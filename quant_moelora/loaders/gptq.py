@@ -25,9 +25,12 @@ from quant_moelora.core.errors import FormatError, MissingTensorError, Unsupport
 from quant_moelora.core.scheme import SCALE_DTYPES, SUPPORTED_BITS, QuantScheme, num_groups
 from quant_moelora.loaders.canonical import CanonicalWeight, trivial_g_idx, unpack_words
 from quant_moelora.loaders.codec import (
+    COLUMN_GROUPS,
+    Axes,
     Headers,
     LinearFormat,
     LinearSpec,
+    along,
     check_agrees,
     check_header,
     check_understood,
@@ -105,6 +108,18 @@ class GPTQ:
         scheme = QuantScheme(bits, group_size, symmetric, scale_dtype)
         options = (V1 if version == V1 else V2,)
         return LinearFormat(self.name, scheme, tuple(tensors), options, _conflict(names))
+
+    def axes(self, fmt: LinearFormat) -> Mapping[str, Axes]:
+        """See `Codec.axes`."""
+        scheme = fmt.scheme
+        assert scheme is not None  # describe
+        per_word, groups = 32 // scheme.bits, along(0, scheme.group_size)
+        return {
+            "qweight": Axes((1, 1), (0, per_word)),
+            "qzeros": Axes((1, per_word), groups),
+            "scales": Axes((1, 1), groups),
+            "g_idx": COLUMN_GROUPS,
+        }
 
     def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec, fmt: LinearFormat) -> CanonicalWeight:
         """See `Codec.decode`."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from quant_moelora.core.errors import UnsupportedError
 from quant_moelora.core.scheme import SCALE_DTYPES, QuantScheme, num_groups
 from quant_moelora.loaders.canonical import CanonicalWeight
-from quant_moelora.loaders.codec import Headers, LinearFormat, LinearSpec, check_agrees, check_header
+from quant_moelora.loaders.codec import Axes, Headers, LinearFormat, LinearSpec, along, check_agrees, check_header
 from quant_moelora.loaders.compressed_tensors import TENSOR, config_group, stored_group_size, weight_only
 
 BITS = 8
@@ -77,6 +77,12 @@ class IntQuantized:
         read = headers.keys() & {"weight", "weight_scale", "weight_zero_point"}
         scheme = QuantScheme(BITS, group_size, symmetric, scale_dtype)
         return LinearFormat(self.name, scheme, tuple(sorted(read)), options, weight_only(group))
+
+    def axes(self, fmt: LinearFormat) -> Mapping[str, Axes]:
+        """See `Codec.axes`."""
+        assert fmt.scheme is not None  # describe
+        of_group = Axes(None if TENSOR in fmt.options else (0, 1), along(1, fmt.scheme.group_size))
+        return {"weight": Axes((0, 1), (1, 1)), "weight_scale": of_group, "weight_zero_point": of_group}
 
     def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec, fmt: LinearFormat) -> CanonicalWeight:
         """See `Codec.decode`."""

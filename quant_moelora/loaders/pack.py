@@ -56,7 +56,7 @@ def build_info(
     )
 
 
-def join_experts(parts: Iterable[tuple[Sequence[int], MoEQuantInfo]], num_experts: int) -> MoEQuantInfo:
+def join_experts(parts: Iterable[tuple[Sequence[int], MoEQuantInfo]], num_experts: int, first: int = 0) -> MoEQuantInfo:
     """A layer from infos of some of its experts each.
 
     The parts are taken one by one and their tensors copied, so that no two parts need to exist at the same time.
@@ -64,6 +64,7 @@ def join_experts(parts: Iterable[tuple[Sequence[int], MoEQuantInfo]], num_expert
     Args:
         parts: which experts, and their info; each expert in one part, and at least one part.
         num_experts: E of the layer.
+        first: stored position of the intermediate that the parts begin at.
     """
     joined: dict[str, Tensor] = {}
     info: MoEQuantInfo | None = None
@@ -72,7 +73,8 @@ def join_experts(parts: Iterable[tuple[Sequence[int], MoEQuantInfo]], num_expert
         for name, tensor in info.tensors().items():
             if name not in joined:
                 whole = (num_experts, *tensor.shape[1:])
-                joined[name] = _identity(tensor, whole) if name in _PERMUTATIONS else tensor.new_empty(whole)
+                begin = first if name == "inter_perm" else 0
+                joined[name] = _identity(tensor, whole, begin) if name in _PERMUTATIONS else tensor.new_empty(whole)
             joined[name].index_copy_(0, index, tensor)
     assert info is not None
 
@@ -87,9 +89,10 @@ def join_experts(parts: Iterable[tuple[Sequence[int], MoEQuantInfo]], num_expert
 def _identity(
     permutation: Tensor,  # (e, ..., K) int32, -1 in the padding
     shape: tuple[int, ...],
+    first: int,
 ) -> Tensor:  # (E, ..., K) int32
     """Permutations that leave everything where it is, as parts of a layer without act-order have none."""
-    plain = torch.arange(shape[-1], dtype=permutation.dtype, device=permutation.device)
+    plain = torch.arange(first, first + shape[-1], dtype=permutation.dtype, device=permutation.device)
     return plain.where(permutation[:1] >= 0, -1).expand(shape).contiguous()
 
 

@@ -94,8 +94,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Part | None]]:
     seen: list[tuple[str, Part | None]] = []
     original = Checkpoint.read
 
-    def read(self: Checkpoint, key: str, part: Part | None = None) -> Tensor:
+    def read(self: Checkpoint, key: str, part: Part | None = None, window: object = None) -> Tensor:
         seen.append((key, part))
+        assert window is None, "a whole layer is read"
         return original(self, key, part)
 
     monkeypatch.setattr(Checkpoint, "read", read)
