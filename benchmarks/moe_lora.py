@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.lora_case import Adapters, active_pairs, floor_us
-from benchmarks.moe_case import DTYPE, SHAPES, Case, Roofs, random_case, random_info
+from benchmarks.moe_case import DTYPE, SHAPES, Case, Roofs, Shape, random_case, random_info
 from benchmarks.record import provenance, write_rows
 from benchmarks.roofs import measured_roofs
 from quant_moelora.core.quant_info import MoEQuantInfo
@@ -137,15 +137,19 @@ def measure(job: Job, layers: Layers, rounds: int) -> list[dict[str, object]]:
 
 def compile_ahead(job: Job) -> None:
     """Compile what a case launches into Triton's cache, without tensors: for several processes at once."""
-    shape = SHAPES[job.name]
+    compile_layer(SHAPES[job.name], job.tokens, job.adapters)
+
+
+def compile_layer(shape: Shape, tokens: int, adapters: Adapters) -> None:
+    """Compile a layer of any shape, with and without adapters."""
     info = random_info(shape, BITS, "meta")
     w13, w2 = (blank_prepared(w, DTYPE) for w in (info.w13, info.w2) if isinstance(w, PackedWeight))
     source = TileSource(LayerShape.of(info, DTYPE).name, "")
     layer = marlin_op.MarlinLayer(w13, w2, info.activation, weigh_input=False, tiles=source)
-    tables = LoRATables.of(job.adapters.context(info, "meta"))
-    x = torch.empty(job.tokens, shape.hidden, dtype=DTYPE, device="meta")
-    ids = torch.empty(job.tokens, shape.top_k, dtype=torch.int32, device="meta")
-    given = (x, ids, torch.empty(job.tokens, shape.top_k, device="meta"))
+    tables = LoRATables.of(adapters.context(info, "meta"))
+    x = torch.empty(tokens, shape.hidden, dtype=DTYPE, device="meta")
+    ids = torch.empty(tokens, shape.top_k, dtype=torch.int32, device="meta")
+    given = (x, ids, torch.empty(tokens, shape.top_k, device="meta"))
     with torch.inference_mode():
         marlin_op.write_layer(*given, *layer.arguments(), torch.empty_like(x))
         marlin_op.write_lora_layer(*given, ids[:, 0], *layer.arguments(), *tables, torch.empty_like(x))

@@ -105,9 +105,9 @@ def test_separate_experts(tmp_path: Path, fmt: str, symmetric: bool, group: int 
 @pytest.mark.parametrize("fmt", ["gptq", "compressed-tensors"])
 @pytest.mark.parametrize("where", ["down", "gate"])
 def test_act_order(tmp_path: Path, fmt: str, where: Any) -> None:
-    """Of one expert, where the format allows that chunks without stand beside it; that of down spreads a part's columns."""
+    """Of one expert, where the format allows it, so that other chunks have none; that of down spreads columns."""
     rng = np.random.default_rng(0)
-    layer = random_layer(rng, EXPERTS, HIDDEN, INTER)
+    layer: Any = random_layer(rng, EXPERTS, HIDDEN, INTER)
     shape = (HIDDEN, INTER) if where == "down" else (INTER, HIDDEN)
     alike: tuple[Any, ...] = ("down",) if where == "down" else ("gate", "up")
     for expert, projection in [(1, where)] if fmt == "gptq" else [(e, p) for e in range(EXPERTS) for p in alike]:
