@@ -27,7 +27,7 @@ TIMEOUT = timedelta(seconds=60)  # how long a process may be late, unless the ca
 _PREFIX = "quant_moelora/agree"
 
 
-def layer_facts(infos: Mapping[int, MoEQuantInfo]) -> dict[str, str]:
+def layer_facts(infos: Mapping[int, MoEQuantInfo] | Mapping[str, MoEQuantInfo]) -> dict[str, str]:
     """What all processes have to say alike of the layers they hold parts of."""
     facts: dict[str, str] = {}
     for layer, info in infos.items():

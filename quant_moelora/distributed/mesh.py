@@ -126,6 +126,10 @@ class ExpertMesh:
         self.tp, self.ep = _group(mesh, "tp"), _group(mesh, "ep")
         self.config = ParallelConfig(self.tp.rank, self.tp.size, self.ep.rank, self.ep.size, fully_sharded_lora)
 
+    def __deepcopy__(self, memo: object) -> ExpertMesh:
+        """Itself: there is one set of processes, however often a config that names them is copied."""
+        return self
+
     @property
     def ranks(self) -> list[int]:
         """Global ranks of the mesh's processes, in its order."""

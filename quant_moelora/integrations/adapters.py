@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from quant_moelora.core.errors import AdapterError, UnsupportedError
 from quant_moelora.core.routing import BASE_SLOT
+from quant_moelora.distributed.agreement import adapter_facts, agree
+from quant_moelora.distributed.layer import DistributedExperts
 from quant_moelora.integrations.linears import check_linears, eject_linears, find_module, inject_linears, lead
 from quant_moelora.integrations.routers import attach_routers, detach_routers, on_device, routers_of
 from quant_moelora.integrations.session import BASE_NAME, AdapterSession
@@ -63,6 +65,7 @@ def attach_adapters(
             is attached. Or the bank's size is given in part, or not by the first call.
         BackendError: a CUDA graph was captured without adapters; then none is attached either.
         UnsupportedError: the model is not one of `from_pretrained`.
+        DistributedError: processes that share the model's experts do not attach the same.
     """
     held = adapters_of(model)
     size = held.size(max_adapters, max_rank, capacity_bytes)
@@ -71,6 +74,7 @@ def attach_adapters(
         held.check_name(name)
         loaded[name] = load_adapter(resolve_checkpoint(path), held.specs)
     held.attach(loaded, size)
+    held.agree()
 
 
 def detach_adapters(model: nn.Module, names: Iterable[str]) -> None:
@@ -89,6 +93,7 @@ def detach_adapters(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         eject_linears(held.model, name)
         held.drop(name)
+    held.agree()
 
 
 @contextmanager
@@ -176,6 +181,12 @@ class MoEAdapters(nn.Module, BaseTunerLayer):
     def specs(self) -> list[ExpertsSpec]:
         """What they are."""
         return [module.spec for module in self.experts]
+
+    def agree(self) -> None:
+        """Raise DistributedError unless all processes that share the experts have the same adapters."""
+        moe = self.experts[0].moe
+        if isinstance(moe, DistributedExperts) and self._bank is not None:
+            agree(moe.mesh, adapter_facts(self._bank))
 
     def check_name(self, name: str) -> None:
         """Raise AdapterError unless an adapter can have this name."""

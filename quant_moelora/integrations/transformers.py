@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
@@ -27,6 +28,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
 from quant_moelora.core.workspace import Workspace
+from quant_moelora.distributed.agreement import agree, layer_facts
+from quant_moelora.distributed.layer import DistributedExperts
+from quant_moelora.distributed.mesh import ExpertMesh
 from quant_moelora.experts.registry import AUTO, select_backend
 from quant_moelora.integrations.attention import register_attention
 from quant_moelora.integrations.decode_graphs import DecodeGraphs
@@ -100,12 +104,20 @@ class QuantMoELoRAConfig(QuantizationConfigMixin):
     Args:
         backend: experts backend.
         tuned_configs: folder of tuned tiles, or None.
+        mesh: processes that share the experts, or None; it is this process's own, and no part of what is saved.
     """
 
-    def __init__(self, backend: str = AUTO, tuned_configs: str | None = None, **_: Any) -> None:
+    def __init__(
+        self, backend: str = AUTO, tuned_configs: str | None = None, mesh: ExpertMesh | None = None, **_: Any
+    ) -> None:
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue] - an enum of built-in methods
         self.backend = backend
         self.tuned_configs = tuned_configs
+        self.mesh = mesh
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved."""
+        return {"quant_method": METHOD, "backend": self.backend, "tuned_configs": self.tuned_configs}
 
 
 @dataclass(frozen=True)
@@ -153,6 +165,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         self.pre_quantized = False
         self.backend = quantization_config.backend
         self.tuned_configs = quantization_config.tuned_configs
+        self.mesh = quantization_config.mesh
         self.session = AdapterSession()
         self.load: _Load | None = None
         self.compileable = False
@@ -231,9 +244,15 @@ class QuantMoELoRAQuantizer(HfQuantizer):
             block = model.get_submodule(layer.spec.module.rpartition(".")[0])
             assert isinstance(experts, FusedExperts)
             device = next(block.parameters()).device  # the router stands beside the experts
-            info = load_layer(load.checkpoint, layer, device)
+            info = load_layer(load.checkpoint, layer, device, None if self.mesh is None else self.mesh.config)
             shared = workspaces.setdefault(info.device, Workspace(info.device))
-            experts.moe = MoEExperts(info, backend, self.tuned_configs, shared)
+            options: dict[str, Any] = {"tuned_configs": self.tuned_configs, "workspace": shared, "backend": backend}
+            if self.mesh is None:
+                experts.moe = MoEExperts(info, **options)
+            else:
+                experts.moe = DistributedExperts(info, self.mesh, exchange="none", **options)
+        if self.mesh is not None:
+            agree(self.mesh, layer_facts({n: e.moe.info for n, e in experts_of(model).items() if e.moe is not None}))
         with torch.no_grad():
             for name, linear in load.linears.items():
                 weight = model.get_submodule(name).get_parameter("weight")
@@ -294,6 +313,7 @@ def from_pretrained(
     device_map: str | int | torch.device | dict[str, Any] | None = None,
     backend: str = AUTO,
     tuned_configs: str | os.PathLike[str] | None = None,
+    device_mesh: DeviceMesh | ExpertMesh | None = None,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -310,6 +330,8 @@ def from_pretrained(
             another strategy of accelerate) the GPU if there is one, else the CPU.
         backend: experts backend, or ``auto``.
         tuned_configs: folder of tuned tiles; see `MoEExperts`.
+        device_mesh: processes that share the experts of each layer; a `DeviceMesh` as of `ExpertMesh`, or one. Each
+            reads and holds its part of the experts, and all of the rest; all of them are given the same inputs.
         revision: revision of a hub repository.
         token: token for a hub repository.
         cache_dir: where the hub's snapshots are kept.
@@ -322,12 +344,12 @@ def from_pretrained(
             Or there is no such checkpoint, or folder of tuned tiles.
         UnsupportedError: a format, family or device map that is not served.
         BackendError: no backend serves the model.
+        DistributedError: processes do not load the same experts.
     """
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
     hub |= {"local_files_only": local_files_only, "subfolder": subfolder}
-    model, _ = load_with_info(
-        path, dtype=dtype, device_map=device_map, backend=backend, tuned_configs=tuned_configs, **hub, **kwargs
-    )
+    ours: dict[str, Any] = {"backend": backend, "tuned_configs": tuned_configs, "device_mesh": device_mesh}
+    model, _ = load_with_info(path, dtype=dtype, device_map=device_map, **ours, **hub, **kwargs)
     return model
 
 
@@ -338,9 +360,11 @@ def load_with_info(
     device_map: str | int | torch.device | dict[str, Any] | None = None,
     backend: str = AUTO,
     tuned_configs: str | os.PathLike[str] | None = None,
+    device_mesh: DeviceMesh | ExpertMesh | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """`from_pretrained`, with what transformers says of the keys it loaded."""
+    mesh = ExpertMesh(device_mesh) if isinstance(device_mesh, DeviceMesh) else device_mesh
     tuned = tuned_folder(tuned_configs)
     hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     folder = resolve_checkpoint(path, **{name: value for name, value in hub.items() if value is not None})
@@ -350,7 +374,8 @@ def load_with_info(
     if config is None:
         remote = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
         config = AutoConfig.from_pretrained(folder, **remote)
-    config.quantization_config = {"quant_method": METHOD, "backend": backend, "tuned_configs": tuned}
+    own = {"quant_method": METHOD, "backend": backend, "tuned_configs": tuned, "mesh": mesh}
+    config.quantization_config = own  # of which transformers makes a QuantMoELoRAConfig
     kwargs["ignore_mismatched_sizes"] = True  # _check_loaded raises, in the library's words
     if dtype is not None:
         kwargs["dtype"] = dtype

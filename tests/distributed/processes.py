@@ -208,6 +208,29 @@ def bounds(
     return out
 
 
+def whole_models(meshes: Meshes) -> dict[str, str]:
+    """A model that real tools wrote, loaded by two processes and attached to, beside one process's."""
+    if dist.get_rank() > 1:
+        return {}
+    import quant_moelora as qm
+
+    golden = Path(__file__).parents[1] / "golden"
+    path = golden / "checkpoints/base-mixtral-h128-i128"
+    held = {"a": golden / "adapters/lora-tp-mixtral-r4"}
+    ids = torch.arange(24).view(2, 12) * 7 % 200
+    logits: list[Tensor] = []
+    for mesh in (None, meshes.square["tp"]):
+        model: Any = qm.from_pretrained(path, dtype=torch.float32, device_mesh=mesh, backend="reference")
+        qm.attach_adapters(model, held)
+        with torch.no_grad():
+            logits += [model(ids).logits, model(ids, adapter_names=["a", "__base__"]).logits]
+    alone, shared = logits[:2], logits[2:]
+    # Sums of 128 columns in two parts, each rounded to float32, through two layers and a norm each.
+    off = [float((one - two).abs().max() / two.abs().max()) for one, two in zip(shared, alone, strict=True)]
+    changed = float((alone[1][0] - alone[0][0]).abs().max() / alone[0].abs().max())
+    return {"off": "" if max(off) < 100 * U else str(off), "changed": "" if changed > 1e-3 else str(changed)}
+
+
 def disagreements(meshes: Meshes) -> dict[str, str]:
     """What `agree` says of processes that differ, by what they differ in."""
     rank, line = dist.get_rank(), ExpertMesh(meshes.ep4)
@@ -278,6 +301,7 @@ def run(rank: int, folder: str) -> None:
     found["wrong"] = {
         name: compared(CASES[name], meshes.of(CASES[name].dims), wrong=True) for name in ("ep4-gather", "tp2-plain")
     }
+    found["models"] = whole_models(meshes)
     found["disagreements"] = disagreements(meshes)
     torch.save(found, Path(folder) / f"{rank}.pt")
     found["deaths"] = deaths(meshes)

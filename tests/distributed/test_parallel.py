@@ -36,6 +36,11 @@ def test_other_adapters_are_seen(found: Found) -> None:
     assert all("outputs are off" in of_rank["wrong"]["tp2-plain"] for of_rank in found)
 
 
+def test_a_model_that_two_processes_loaded(found: Found) -> None:
+    """Base rows and an adapter's, of files that transformers and PEFT wrote."""
+    assert [of_rank["models"] for of_rank in found[:2]] == [{"off": "", "changed": ""}] * 2
+
+
 @pytest.mark.parametrize(
     ("what", "said"),
     [
