@@ -27,7 +27,10 @@ Recorder = Callable[[Callable[[], Any]], tuple[Any, Replay]]
 
 
 class CudaRecorder:
-    """Captures work in CUDA graphs that share their memory: what one leaves behind is copied before the next runs."""
+    """Captures work in CUDA graphs that share their memory: what one leaves behind is copied before the next runs.
+
+    A pool of memory is gone with the last of its graphs, so that a recorder must not outlive those it has made.
+    """
 
     def __init__(self) -> None:
         self._pool: Any = None
@@ -62,10 +65,12 @@ class _InCache:
 
     Attributes:
         tensors: the cache's, whose addresses they hold.
+        record: how they are captured.
         graphs: by what else they depend on; None for a step that has run once.
     """
 
     tensors: list[Tensor]
+    record: Recorder
     graphs: dict[Hashable, _Graph | None] = field(default_factory=dict)
 
 
@@ -84,7 +89,7 @@ class DecodeGraphs:
         layers: its experts.
         session: its adapters.
         compiled: transformers' own `get_compiled_call`.
-        record: how work is captured.
+        recorder: makes what captures the steps of one cache.
     """
 
     def __init__(
@@ -93,10 +98,10 @@ class DecodeGraphs:
         layers: Sequence[MoEExperts],
         session: AdapterSession,
         compiled: Callable[[None], Callable[..., Any]],
-        record: Recorder | None = None,
+        recorder: Callable[[], Recorder] = CudaRecorder,
     ) -> None:
         self._model, self._layers, self._session, self._compiled = model, layers, session, compiled
-        self._record = record or CudaRecorder()
+        self._recorder = recorder
         self._caches: weakref.WeakKeyDictionary[Cache, _InCache] = weakref.WeakKeyDictionary()
         self._made_for: list[object] = []
 
@@ -110,7 +115,8 @@ class DecodeGraphs:
             assert isinstance(rows, AdapterRows)  # with_adapter_rows
             inputs[ADAPTER_NAMES] = rows.nameless()
         leaves, structure = tree_flatten({name: held for name, held in inputs.items() if name != _CACHE})
-        graphs = self._graphs_of(cache)
+        held = self._graphs_of(cache)
+        graphs = held.graphs
         config: Any = self._model.config
         modes = torch.is_inference_mode_enabled(), config._attn_implementation
         key = (str(structure), *modes, *(_described(leaf) for leaf in leaves))
@@ -120,14 +126,14 @@ class DecodeGraphs:
         graph = graphs[key]
         if graph is None:
             leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            graph = graphs[key] = self._capture(cache, leaves, tree_unflatten(leaves, structure))
+            graph = graphs[key] = self._capture(held.record, cache, leaves, tree_unflatten(leaves, structure))
         else:
-            for held, new in zip(graph.inputs, (leaf for leaf in leaves if isinstance(leaf, Tensor)), strict=True):
-                held.copy_(new)
+            for own, new in zip(graph.inputs, (leaf for leaf in leaves if isinstance(leaf, Tensor)), strict=True):
+                own.copy_(new)
         graph.replay()
         return replace(tree_map_only(Tensor, Tensor.clone, graph.outputs), past_key_values=cache)
 
-    def _graphs_of(self, cache: Cache) -> dict[Hashable, _Graph | None]:
+    def _graphs_of(self, cache: Cache) -> _InCache:
         """Graphs that still hold: none do if a module, a bank of adapters or a tensor of the cache is another."""
         made_for = [self._session.modules, next(self._model.parameters()), *(layer.injection for layer in self._layers)]
         if not _same(made_for, self._made_for):
@@ -137,11 +143,11 @@ class DecodeGraphs:
         tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
         held = self._caches.get(cache)
         if held is None or not _same(tensors, held.tensors):
-            held = self._caches[cache] = _InCache(tensors)
-        return held.graphs
+            held = self._caches[cache] = _InCache(tensors, self._recorder())
+        return held
 
-    def _capture(self, cache: Cache, leaves: list[Any], inputs: dict[str, Any]) -> _Graph:
-        made, replay = self._record(lambda: self._model(**inputs, past_key_values=cache))
+    def _capture(self, record: Recorder, cache: Cache, leaves: list[Any], inputs: dict[str, Any]) -> _Graph:
+        made, replay = record(lambda: self._model(**inputs, past_key_values=cache))
         for layer in self._layers:
             layer.forget_captures()  # adapters that are attached later get graphs of their own
         outputs = replace(made, past_key_values=None)  # a graph must not keep its cache

@@ -58,18 +58,22 @@ class Served:
     """A model whose `generate` replays its steps."""
 
     def __init__(self, adapters: Sequence[str] = "ab", **room: int) -> None:
-        self.model, self.record = load("demo"), Recorder()
+        self.model, self.record, self.recorders = load("demo"), Recorder(), 0
         self.model.hf_quantizer.compileable = True  # what the backends of a GPU are
         attach_adapters(self.model, {name: DEMO / "adapters" / name for name in adapters}, **room)
         modules = list(experts_of(self.model).values())
         layers = [module.moe for module in modules if module.moe is not None]
         self.compiled: list[Any] = []
-        graphs = DecodeGraphs(self.model, layers, modules[0].session, self._compile, self.record)
+        graphs = DecodeGraphs(self.model, layers, modules[0].session, self._compile, self._recorder)
         self.model.get_compiled_call = lambda config: graphs
         self.graphs = graphs
 
     def _compile(self, config: None) -> Callable[..., Any]:
         return lambda **inputs: self.compiled.append(config) or self.model(**inputs)
+
+    def _recorder(self) -> Recorder:
+        self.recorders += 1
+        return self.record
 
     def cache(self, length: int = 16) -> Any:
         self.record.cache = StaticCache(config=self.model.config, max_cache_len=length)
@@ -115,6 +119,7 @@ def test_other_sizes_and_other_caches_have_graphs_of_their_own() -> None:
     assert served.record.recorded == 3
     check(served, NAMES, cache)
     assert served.record.recorded == 3
+    assert served.recorders == 3, "memory that graphs share goes with the last of them, and so with their cache"
 
 
 def test_graphs_are_made_anew_for_another_bank() -> None:
