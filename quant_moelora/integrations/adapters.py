@@ -268,8 +268,7 @@ class MoEAdapters(nn.Module, BaseTunerLayer):
     def drop(self, name: str) -> None:
         """Take an attached adapter away from experts and routers, and out of the active ones."""
         if name in self.session.active:
-            super().set_adapter([active for active in self.session.active if active != name], inference_mode=True)
-            self._activate()
+            self.set_adapter([active for active in self.session.active if active != name], inference_mode=True)
         if self.session.slots[name] != BASE_SLOT:
             assert self._bank is not None  # which gave the slot
             self._bank.remove(name)
@@ -284,10 +283,14 @@ class MoEAdapters(nn.Module, BaseTunerLayer):
         """Let rows without a name use these adapters, all of them at once.
 
         Raises:
-            AdapterError: one is not attached; or together they do not fit into a bank of a fixed size.
+            AdapterError: one is not attached; or together they do not fit into a bank of a fixed size. Then those that
+                were active stay it.
         """
-        super().set_adapter(adapter_names, inference_mode)
-        self._activate()
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.check_attached("active adapters", names)
+        self._add_up(names)
+        self.session.active = tuple(names)
+        super().set_adapter(names, inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Use adapters, or the base model for every row."""
@@ -318,16 +321,19 @@ class MoEAdapters(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Nothing is ever merged."""
 
-    def _activate(self) -> None:
-        """Tell the session which adapters are active, and let those that are more than one be added up."""
-        active = self.active_adapters
-        self.check_attached("active adapters", active)
-        together = [".".join(active)] if len(active) > 1 else []
-        if together != list(self._combined):
-            self._separate()
+    def _add_up(self, names: list[str]) -> None:
+        """Let bank and routers hold the sum of adapters that are to be active, if they are several, and no other sum."""
+        together, before = [".".join(names)] if len(names) > 1 else [], list(self.session.active)
+        if together == list(self._combined):
+            return
+        self._separate()
+        try:
             for name in together:
-                self._combine(name, active)
-        self.session.active = tuple(active)
+                self._combine(name, names)
+        except AdapterError:
+            if len(before) > 1:
+                self._combine(".".join(before), before)  # which fitted
+            raise
 
     def _separate(self) -> None:
         """Take the sum of adapters out of bank and routers, if there is one."""

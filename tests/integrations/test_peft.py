@@ -444,3 +444,19 @@ def test_active_adapters_in_a_bank_of_fixed_size(folders: dict[str, Path]) -> No
     attach_adapters(model, {"third": folders["experts"]})
     with pytest.raises(AdapterError, match=r"room for adapter a\.b"):
         adapters_of(model).set_adapter(["a", "b"])
+    assert adapters_of(model).active_adapters == model.active_adapters() == ["a"]
+
+
+def test_a_sum_that_does_not_fit_leaves_the_one_before(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = load("demo")
+    attach_adapters(model, {}, max_adapters=4, max_rank=8)
+    wide = write_adapter(tmp_path / "wide", fused_lora(QWEN, rank=6, seed=4), r=6, target_parameters=FUSED)
+    attach_adapters(model, {"a": folders["a"], "b": folders["b"], "wide": wide})
+    held = adapters_of(model)
+    held.set_adapter(["a", "b"])
+    before = logits(model, IDS)
+    with pytest.raises(AdapterError, match=r"a\.wide.*rank 10, expected at most max_rank = 8"):
+        held.set_adapter(["a", "wide"])
+    with pytest.raises(AdapterError, match="active adapters: got unknown c"):
+        held.set_adapter(["a", "c"])
+    assert torch.equal(logits(model, IDS), before) and held.active_adapters == ["a", "b"]
