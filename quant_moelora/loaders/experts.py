@@ -17,8 +17,9 @@ from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.loaders.canonical import CanonicalWeight, check_finite
 from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader, resolve_checkpoint
 from quant_moelora.loaders.families import Stored, build_skeleton, find_experts
-from quant_moelora.loaders.layer_format import LayerFormat, describe_layers
+from quant_moelora.loaders.layer_format import LayerFormat, LinearsFormat, describe_layers
 from quant_moelora.loaders.pack import Weight, build_info, join_experts
+from quant_moelora.loaders.packed_form import PackedFormat
 from quant_moelora.loaders.promote import promote
 
 # Codes of the experts that are decoded together: on the CPU so few that they stay in a core's caches, on another device
@@ -57,7 +58,8 @@ def load_layer(
 ) -> MoEQuantInfo:
     """Read, decode and pack one layer, some experts at a time and in the order in which they lie in the files.
 
-    Besides the packed layer, memory is needed for the experts in work only: three bytes for each of their codes.
+    A layer of the packed form is read as it is. For any other, besides the packed layer, memory is needed for the
+    experts in work only: three bytes for each of their codes.
 
     Args:
         checkpoint: the checkpoint.
@@ -72,6 +74,10 @@ def load_layer(
     """
     device, spec = torch.device(device), layer.spec
     on_cpu = device.type == "cpu"
+    if isinstance(layer, PackedFormat):
+        tensors = {name: _read(checkpoint, [header], device)[0] for name, header in layer.tensors.items()}
+        # On the CPU these are the mapped files, which may be overwritten, by saving the model into its own folder.
+        return layer.info({name: tensor.clone() for name, tensor in tensors.items()} if on_cpu else tensors)
     codes = spec.hidden_size * spec.intermediate_size * len(spec.projections)
     count = max(1, (codes_at_once or (CODES_IN_CACHE if on_cpu else CODES_IN_WORK)) // codes)
     experts = list(dict.fromkeys(expert for expert, _ in layer.linears))  # as the files have them
@@ -86,7 +92,7 @@ def load_layer(
     return replace(info, source_order=layer.source_order, router_weight=spec.router_weight)
 
 
-def _load_chunk(checkpoint: Checkpoint, layer: LayerFormat, experts: list[int], device: torch.device) -> MoEQuantInfo:
+def _load_chunk(checkpoint: Checkpoint, layer: LinearsFormat, experts: list[int], device: torch.device) -> MoEQuantInfo:
     """Some experts of a layer, packed."""
     w13 = _halves([_read_linear(checkpoint, layer, stored, experts, device) for stored in layer.w13], layer)
     w2 = _side_by_side([_read_linear(checkpoint, layer, "down", experts, device)])
@@ -98,7 +104,7 @@ def _load_chunk(checkpoint: Checkpoint, layer: LayerFormat, experts: list[int], 
 
 
 def _read_bias(
-    checkpoint: Checkpoint, layer: LayerFormat, stored: Stored, experts: list[int], device: torch.device
+    checkpoint: Checkpoint, layer: LinearsFormat, stored: Stored, experts: list[int], device: torch.device
 ) -> Tensor:  # (e, N) float32
     """Bias of one linear layer of some experts."""
     bias = _read(checkpoint, [layer.biases[expert, stored] for expert in experts], device)
@@ -117,7 +123,7 @@ def _read(checkpoint: Checkpoint, headers: list[TensorHeader], device: torch.dev
 
 
 def _read_linear(
-    checkpoint: Checkpoint, layer: LayerFormat, stored: Stored, experts: list[int], device: torch.device
+    checkpoint: Checkpoint, layer: LinearsFormat, stored: Stored, experts: list[int], device: torch.device
 ) -> Weight:
     """One linear layer of some experts, [e, N, K], in the scheme of its weight."""
     groups = layer.groups(stored, experts)
@@ -145,7 +151,7 @@ def _read_linear(
     return _joined(parts, lambda tensors: torch.cat(tensors)[order], g_idx)
 
 
-def _halves(parts: list[Any], layer: LayerFormat) -> Weight:
+def _halves(parts: list[Any], layer: LinearsFormat) -> Weight:
     """What is stored of gate and up [E, N, K], with its rows one after the other, as halves [E, halves, I, K]."""
     if layer.source_order == "separate":
         return _side_by_side(parts)
@@ -167,7 +173,7 @@ def _halves(parts: list[Any], layer: LayerFormat) -> Weight:
 
 def _split(
     rows: Tensor,  # (E, halves*I, ...)
-    layer: LayerFormat,
+    layer: LinearsFormat,
 ) -> Tensor:  # (E, halves, I, ...)
     """Rows of gate and up as halves."""
     halves = layer.spec.activation.halves
