@@ -23,6 +23,7 @@ from quant_moelora.integrations import convert as module
 from quant_moelora.integrations.convert import convert
 from quant_moelora.integrations.transformers import experts_of, from_pretrained
 from quant_moelora.integrations.verify import verify
+from quant_moelora.loaders.checkpoint import Checkpoint
 from quant_moelora.loaders.experts import load_experts
 from tests.builders import same_bits
 from tests.checkpoints import (
@@ -78,6 +79,8 @@ def test_a_converted_checkpoint_is_the_same_model(tmp_path: Path, name: str) -> 
     """By the library, and by transformers alone, which finds the quantizer by config.json."""
     out = convert(folder_of(name), tmp_path / "out", max_shard_size=SHARD)
     expected = from_pretrained(folder_of(name))
+    dtypes = {header.dtype for header in Checkpoint(out).headers.values()}
+    assert torch.float32 not in dtypes, "what was dequantised is in the model's dtype"
     assert_same_model(from_pretrained(out), expected)
     assert_same_model(AutoModelForCausalLM.from_pretrained(out), expected)
     again = convert(out, tmp_path / "again")
@@ -163,8 +166,10 @@ def test_files_index_and_headers(tmp_path: Path) -> None:
     index = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 3
-    assert [file.name for file in files] == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    assert {key: name for key, name in index["weight_map"].items()}.keys() == keys(out)
+    assert [file.name for file in files] == [
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
+    ]
+    assert index["weight_map"].keys() == keys(out)
     total = 0
     for file in files:
         with safe_open(file, "pt") as held:
