@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import convert_file_size_to_int
 
 from quant_moelora.core.errors import FormatError
@@ -90,7 +91,7 @@ def convert(
             del info  # before the next one is made
         shards.finish()
         _copy_small_files(checkpoint.path, folder)
-        _write_config(model, folder)
+        _write_configs(checkpoint, model, folder)
         _refuse_existing(out)
         folder.rename(out)
     return out
@@ -189,8 +190,13 @@ def _copy_small_files(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _write_config(model: PreTrainedModel, folder: Path) -> None:
-    """config.json as transformers saves it; nothing loads without it, so that it comes last."""
+def _write_configs(checkpoint: Checkpoint, model: PreTrainedModel, folder: Path) -> None:
+    """config.json as transformers saves it; nothing loads without it, so that it comes last.
+
+    What an old config.json says of generation has a file of its own today.
+    """
+    if not (folder / GENERATION_CONFIG_NAME).exists():
+        GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
     model.config.quantization_config = {"quant_method": METHOD}
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

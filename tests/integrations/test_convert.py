@@ -207,6 +207,13 @@ def test_small_files_come_along(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(out)("t69 t250")["input_ids"]
 
 
+def test_generation_settings_of_an_old_config(tmp_path: Path) -> None:
+    folder = copy_checkpoint("demo", tmp_path / "in", config=lambda held: held.update(do_sample=True, top_k=7))
+    out = convert(folder, tmp_path / "out")
+    loaded: list[Any] = [from_pretrained(path).generation_config for path in (folder, out)]
+    assert [(config.do_sample, config.top_k) for config in loaded] == [(True, 7)] * 2
+
+
 def test_inspect_and_verify(tmp_path: Path) -> None:
     out = convert(folder_of("demo"), tmp_path / "out", max_shard_size=SHARD)
     found, before = describe(str(out)), describe(str(folder_of("demo")))
