@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from quant_moelora.integrations.adapters import adapter_context as adapter_context
     from quant_moelora.integrations.adapters import attach_adapters as attach_adapters
     from quant_moelora.integrations.adapters import detach_adapters as detach_adapters
+    from quant_moelora.integrations.convert import convert as convert
+    from quant_moelora.integrations.dequantize import dequantize as dequantize
     from quant_moelora.integrations.install import install as install
     from quant_moelora.integrations.install import uninstall as uninstall
     from quant_moelora.integrations.transformers import from_pretrained as from_pretrained
@@ -37,6 +39,8 @@ __all__ = [
     "adapter_context",
     "adapter_ids",
     "attach_adapters",
+    "convert",
+    "dequantize",
     "detach_adapters",
     "from_pretrained",
     "install",
@@ -44,11 +48,12 @@ __all__ = [
     "uninstall",
 ]
 
-
 # What needs transformers, by module.
 _INTEGRATIONS = {
     "adapter_context": "adapters",
     "attach_adapters": "adapters",
+    "convert": "convert",
+    "dequantize": "dequantize",
     "detach_adapters": "adapters",
     "from_pretrained": "transformers",
     "install": "install",

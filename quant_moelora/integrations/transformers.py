@@ -39,16 +39,16 @@ from quant_moelora.kernels.grouped_gemm.table import tuned_folder
 from quant_moelora.layer import MoEExperts
 from quant_moelora.loaders.checkpoint import Checkpoint, resolve_checkpoint
 from quant_moelora.loaders.experts import load_layer
-from quant_moelora.loaders.families import PARAMETERS, ExpertsSpec, find_experts
+from quant_moelora.loaders.families import PARAMETERS, ExpertsSpec, require_experts
 from quant_moelora.loaders.layer_format import LayerFormat, describe_layers
 from quant_moelora.loaders.linears import dequantize_linear, describe_linears
+from quant_moelora.loaders.packed_form import METHOD
 from quant_moelora.loaders.registry import QUANTIZED_SUFFIXES, StoredLinear
 
 logger = logging.getLogger(__name__)
 
-METHOD = "quant_moelora"
 # Checkpoint keys that our own loader reads, so that transformers need not report them.
-_EXPERT_KEYS = rf"\.experts\.(\d+\.|({'|'.join(PARAMETERS)})([._]\w+)?$)"
+_EXPERT_KEYS = rf"\.experts\.(\d+\.|({'|'.join(PARAMETERS)})([._]\w+)?$|(w13|w2)\.\w+$|inter_perm$)"
 _QUANTIZED_KEYS = rf"\.({'|'.join(sorted(QUANTIZED_SUFFIXES))})$"
 # Arguments of transformers' from_pretrained that say where a checkpoint is; those of `resolve_checkpoint`.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
@@ -116,8 +116,8 @@ class QuantMoELoRAConfig(QuantizationConfigMixin):
         self.mesh = mesh
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved."""
-        return {"quant_method": METHOD, "backend": self.backend, "tuned_configs": self.tuned_configs}
+        """What a saved model's config.json says: what the experts are is in the files, the rest of one machine."""
+        return {"quant_method": METHOD}
 
 
 @dataclass(frozen=True)
@@ -187,14 +187,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
                 remedy="load from a checkpoint, not a state dict",
             )
         checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
-        specs = find_experts(model)
-        if not specs:
-            raise UnsupportedError(
-                f"model {type(model).__name__}",
-                got="no fused experts module",
-                rule="a Mixture-of-Experts model whose experts are [E, out, in] parameters",
-                remedy="load it with transformers",
-            )
+        specs = require_experts(model)
         layers = describe_layers(checkpoint, specs, model)
         device = torch.device(next(iter(device_map.values())) if device_map else "cpu")
         self.load = _Load(
@@ -239,7 +232,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         load.check_shapes(model)
         pairs = zip(load.layers, load.backends, strict=True)
         workspaces: dict[torch.device, Workspace] = {}
-        for layer, backend in tqdm(pairs, desc="Packing experts", unit="layer", total=len(load.layers), disable=None):
+        for layer, backend in tqdm(pairs, desc="Loading experts", unit="layer", total=len(load.layers), disable=None):
             experts = model.get_submodule(layer.spec.module)
             block = model.get_submodule(layer.spec.module.rpartition(".")[0])
             assert isinstance(experts, FusedExperts)
@@ -281,8 +274,20 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         held.get_compiled_call = get_compiled_call
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - untyped there
-        """Saving the packed model is not possible yet."""
-        return False
+        """``save_pretrained`` writes the packed form."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:
+        """What ``save_pretrained`` writes, and the metadata of its files."""
+        from quant_moelora.integrations.saving import packed_state  # which needs this module
+
+        return packed_state(model)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Make ``model`` its family's own, in place, for ``model.dequantize()``."""
+        from quant_moelora.integrations.dequantize import dequantize_in_place  # which needs this module
+
+        return dequantize_in_place(model, dtype)
 
     @property
     def is_compileable(self) -> bool:

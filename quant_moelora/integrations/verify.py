@@ -154,11 +154,13 @@ def _dense_layers(dense: Checkpoint, layers: list[LayerFormat]) -> dict[int, Lay
             remedy="name the model that the checkpoint was quantised from",
         )
     for number, layer in found.items():
-        for linear in layer.linears.values():
-            if linear.fmt.scheme is not None:
+        for stored in (*layer.w13, "down"):
+            for fmt in layer.formats(stored):
+                if fmt.scheme is None:
+                    continue
                 raise FormatError(
                     f"dense checkpoint {dense.path}",
-                    got=f"{linear.spec.module} of layer {number} in {linear.fmt}",
+                    got=f"{stored} of the experts of layer {number} in {fmt}",
                     rule="experts that are not quantised",
                     remedy="name the model that the checkpoint was quantised from",
                 )

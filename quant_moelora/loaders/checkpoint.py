@@ -23,6 +23,9 @@ SINGLE_FILE = "model.safetensors"
 # Where a quantisation config may stand beside config.json (gptqmodel writes the first, AutoAWQ the second).
 QUANT_CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 
+# What belongs to a checkpoint besides: configs, tokenizer and templates.
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+
 # Weight files that are not read, to be refused by name.
 OTHER_FILES = {"*.gguf": "GGUF", "*.bin": "PyTorch pickle", "*.pt": "PyTorch pickle"}
 
@@ -93,6 +96,7 @@ class Checkpoint:
         config: config.json as it stands.
         quantization: the raw quantisation config (of config.json, of its text model, or of a file beside it), or {}.
         headers: every tensor's header, by key, in the order in which they lie in the files.
+        metadata: each file's own, which safetensors holds beside the tensors' headers.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -106,6 +110,7 @@ class Checkpoint:
         self.config = _read_json(self.path / "config.json")
         self.quantization = self._find_quantization()
         self.headers: dict[str, TensorHeader] = {}
+        self.metadata: dict[Path, Mapping[str, str]] = {}
         self._open: dict[Path, Any] = {}
         self._warned: set[str] = set()
         weight_map = self._weight_map()
@@ -165,6 +170,7 @@ class Checkpoint:
 
     def _read_headers(self, file: Path) -> None:
         handle = self._handle(file)
+        self.metadata[file] = handle.metadata() or {}
         for key in handle.offset_keys():
             tensor = handle.get_slice(key)
             self.headers[key] = TensorHeader(key, _DTYPES.get(tensor.get_dtype()), tuple(tensor.get_shape()), file)
@@ -259,7 +265,7 @@ def _snapshot(repository: str, subfolder: str, hub: Mapping[str, Any]) -> Path:
     # huggingface_hub 1 asks the hub for a commit that is in the cache, also offline.
     hub = {**hub, "local_files_only": hub["local_files_only"] or constants.HF_HUB_OFFLINE}
     below = f"{subfolder.rstrip('/')}/" if subfolder else ""
-    wanted = [below + pattern for pattern in ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")]
+    wanted = [below + pattern for pattern in ("*.safetensors", *SMALL_FILES)]
     # Some repositories hold the weights a second time, under the names of their authors' own code.
     twice = [below + pattern for pattern in ("original/*", "consolidated*")]
     try:

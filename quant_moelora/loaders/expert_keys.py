@@ -20,12 +20,11 @@ PROJECTIONS: dict[str, Projection] = {
     "w3": "up",
     "w2": "down",
 }
-# model.layers.3.mlp.experts.17.gate_proj. Only the decoder's layers: other stacks, such as mtp.layers, have names of
-# their own and count from 0 too.
-_EXPERT_MODULE = re.compile(
-    r"(?:(?:model|language_model|text_model|backbone)\.)*layers\.(?P<layer>\d+)\.(?:.*\.)?"
-    rf"experts\.(?P<expert>\d+)\.(?P<projection>{'|'.join(PROJECTIONS)})"
-)
+# model.layers.3.mlp.experts. Only the decoder's layers: other stacks, such as mtp.layers, have names of their own and
+# count from 0 too.
+EXPERTS_PREFIX = r"(?:(?:model|language_model|text_model|backbone)\.)*layers\.(?P<layer>\d+)\.(?:.*\.)?experts\."
+# model.layers.3.mlp.experts.17.gate_proj
+_EXPERT_MODULE = re.compile(rf"{EXPERTS_PREFIX}(?P<expert>\d+)\.(?P<projection>{'|'.join(PROJECTIONS)})")
 
 
 @dataclass(frozen=True)

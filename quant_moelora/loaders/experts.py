@@ -21,8 +21,9 @@ from quant_moelora.loaders.canonical import CanonicalWeight, check_finite, trivi
 from quant_moelora.loaders.checkpoint import Checkpoint, TensorHeader, resolve_checkpoint
 from quant_moelora.loaders.codec import COLUMN_GROUPS, Axes
 from quant_moelora.loaders.families import Stored, build_skeleton, find_experts
-from quant_moelora.loaders.layer_format import LayerFormat, describe_layers
+from quant_moelora.loaders.layer_format import LayerFormat, LinearsFormat, describe_layers
 from quant_moelora.loaders.pack import Weight, build_info, join_experts
+from quant_moelora.loaders.packed_form import PackedFormat
 from quant_moelora.loaders.promote import promote
 from quant_moelora.loaders.registry import StoredLinear
 from quant_moelora.loaders.slices import Cut, read_windows, row_spans, windows
@@ -73,7 +74,8 @@ def load_layer(
 ) -> MoEQuantInfo:
     """Read, decode and pack one layer, some experts at a time and in the order in which they lie in the files.
 
-    Besides the packed layer, memory is needed for the experts in work only: three bytes for each of their codes.
+    A layer of the packed form is read as it is. For any other, besides the packed layer, memory is needed for the
+    experts in work only: three bytes for each of their codes.
 
     Args:
         checkpoint: the checkpoint.
@@ -89,6 +91,9 @@ def load_layer(
     """
     device, spec = torch.device(device), layer.spec
     on_cpu = device.type == "cpu"
+    if isinstance(layer, PackedFormat):
+        info = _read_packed(checkpoint, layer, device)
+        return info if shard is None else info.part(shard)
     scheme = layer.scheme("down")
     unit = math.lcm(packing.TILE, (scheme and scheme.group_size) or 1)  # as of `MoEQuantInfo.inter_unit`
     held = (shard or ParallelConfig()).shard(spec.num_experts, spec.intermediate_size, unit)
@@ -109,11 +114,20 @@ def load_layer(
     return replace(info, source_order=layer.source_order, router_weight=spec.router_weight, shard=shared)
 
 
+def _read_packed(checkpoint: Checkpoint, layer: PackedFormat, device: torch.device) -> MoEQuantInfo:
+    """A layer of the packed form as it is."""
+    tensors = {name: _to_device([checkpoint.read(h.key, h.part)], device)[0] for name, h in layer.tensors.items()}
+    if device.type != "cpu":
+        return layer.info(tensors)
+    # These are the mapped files, which may be overwritten, by saving the model into its own folder.
+    return layer.info({name: tensor.clone() for name, tensor in tensors.items()})
+
+
 class _Reader(NamedTuple):
     """Some experts of a layer, to be read."""
 
     checkpoint: Checkpoint
-    layer: LayerFormat
+    layer: LinearsFormat
     experts: list[int]
     device: torch.device
 
@@ -173,10 +187,14 @@ def _read(reader: _Reader, headers: list[TensorHeader], axes: Axes, cut: Cut) ->
 
     One alone on the CPU is the mapped file itself, not to be written to.
     """
-    parts, device = windows(axes, headers[0], cut), reader.device
+    parts = windows(axes, headers[0], cut)
     if parts is None:
         return None
-    tensors = [read_windows(reader.checkpoint, header, axes, parts) for header in headers]
+    return _to_device([read_windows(reader.checkpoint, header, axes, parts) for header in headers], reader.device)
+
+
+def _to_device(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Tensors of one shape and dtype, stacked; one alone on the CPU is itself."""
     if device.type != "cuda":
         return (torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]).to(device)
     # Pinned memory is kept by torch's allocator and used again when its copy to the device is done.
@@ -232,7 +250,7 @@ def _tensors(reader: _Reader, linears: list[StoredLinear], cut: Cut) -> dict[str
     return tensors
 
 
-def _halves(parts: list[Any], layer: LayerFormat) -> Weight:
+def _halves(parts: list[Any], layer: LinearsFormat) -> Weight:
     """What is stored of gate and up [E, N, K], with its rows one after the other, as halves [E, halves, I, K]."""
     if layer.source_order == "separate":
         return _side_by_side(parts)
@@ -254,7 +272,7 @@ def _halves(parts: list[Any], layer: LayerFormat) -> Weight:
 
 def _split(
     rows: Tensor,  # (E, halves*I, ...)
-    layer: LayerFormat,
+    layer: LinearsFormat,
 ) -> Tensor:  # (E, halves, I, ...)
     """Rows of gate and up as halves."""
     halves = layer.spec.activation.halves

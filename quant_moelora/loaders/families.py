@@ -116,6 +116,23 @@ def find_experts(model: nn.Module) -> list[ExpertsSpec]:
     return [_spec(name, module) for name, module in model.named_modules() if is_experts_module(module)]
 
 
+def require_experts(model: nn.Module) -> list[ExpertsSpec]:
+    """`find_experts` of a model that has some.
+
+    Raises:
+        UnsupportedError: it has none, or as `find_experts`.
+    """
+    specs = find_experts(model)
+    if not specs:
+        raise UnsupportedError(
+            f"model {type(model).__name__}",
+            got="no fused experts module",
+            rule="a Mixture-of-Experts model whose experts are [E, out, in] parameters",
+            remedy="load it with transformers",
+        )
+    return specs
+
+
 def is_experts_module(module: nn.Module) -> bool:
     """Whether a module is one of transformers' fused experts: 3-D parameters, one slice an expert."""
     down = getattr(module, "down_proj", None)

@@ -1,4 +1,7 @@
-"""LayerFormat: how the experts of one layer are stored, from headers and config alone."""
+"""LayerFormat: how the experts of one layer are stored, from headers and config alone.
+
+Either each expert has linear layers in one of the registered formats, or the layer is of the packed form.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from quant_moelora.loaders.expert_keys import LayerKeys, check_complete, expert_
 from quant_moelora.loaders.families import ExpertsSpec, Stored
 from quant_moelora.loaders.fused_keys import fused_keys
 from quant_moelora.loaders.pack import Weight, build_info
+from quant_moelora.loaders.packed_form import PackedFormat, describe_packed
 from quant_moelora.loaders.promote import common_scheme
 from quant_moelora.loaders.registry import StoredLinear, describe_linear
 
@@ -29,8 +33,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LayerFormat:
-    """How the experts of one layer are stored: nothing of their data has been read.
+class LinearsFormat:
+    """The experts of one layer as linear layers: nothing of their data has been read.
 
     Attributes:
         spec: the layer's experts in the model.
@@ -107,6 +111,9 @@ class LayerFormat:
         )
 
 
+LayerFormat = LinearsFormat | PackedFormat
+
+
 def _common(schemes: set[QuantScheme | None]) -> QuantScheme | None:
     """What weights of one tensor are promoted to; None if they are not quantised."""
     quantised = [scheme for scheme in schemes if scheme is not None]
@@ -126,9 +133,19 @@ def describe_layers(checkpoint: Checkpoint, specs: list[ExpertsSpec], model: Pre
         MissingTensorError, FormatError, UnsupportedError: see `load_experts`.
     """
     found, fused = expert_keys(checkpoint), fused_keys(checkpoint, specs, model)
-    return [
-        _describe_layer(checkpoint, spec, _one_of(found.get(spec.layer, {}), fused[spec.layer], spec)) for spec in specs
-    ]
+    keys = [_one_of(found.get(spec.layer, {}), fused[spec.layer], spec) for spec in specs]
+    packed = describe_packed(checkpoint, specs)
+    if packed is None:
+        return [_describe_layer(checkpoint, spec, held) for spec, held in zip(specs, keys, strict=True)]
+    for spec, held in zip(specs, keys, strict=True):
+        if held:
+            raise FormatError(
+                f"experts {spec.module}",
+                got=f"{next(iter(held.values())).module} beside packed ones",
+                rule="one or the other",
+                remedy="remove one of the two from the checkpoint",
+            )
+    return list(packed)
 
 
 def _one_of(separate: LayerKeys, fused: LayerKeys, spec: ExpertsSpec) -> LayerKeys:
@@ -159,7 +176,7 @@ def _source_order(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) ->
     return "interleaved" if spec.interleaved else "concatenated"
 
 
-def _describe_layer(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) -> LayerFormat:
+def _describe_layer(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) -> LinearsFormat:
     check_complete(spec, keys, checkpoint)
     linears: dict[tuple[int, Stored], StoredLinear] = {}
     biases: dict[tuple[int, Stored], TensorHeader] = {}
@@ -171,7 +188,7 @@ def _describe_layer(checkpoint: Checkpoint, spec: ExpertsSpec, keys: LayerKeys) 
     for down in (False, True):
         _check_promotable({key: linear for key, linear in linears.items() if (key[1] == "down") == down})
     linears = {key: linears[key] for key in keys}  # in the files' order
-    return LayerFormat(spec, linears, biases, _source_order(checkpoint, spec, keys))
+    return LinearsFormat(spec, linears, biases, _source_order(checkpoint, spec, keys))
 
 
 def _pop_bias(linear: LinearSpec, headers: dict[str, TensorHeader]) -> TensorHeader:

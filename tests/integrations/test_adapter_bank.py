@@ -189,16 +189,16 @@ def test_a_graph_captured_without_adapters(size: dict[str, int], mixed: Path) ->
 
 
 def test_a_failure_inside_peft_takes_nothing_in(monkeypatch: pytest.MonkeyPatch, mixed: Path) -> None:
-    import quant_moelora.integrations.adapters as adapters_module
+    import quant_moelora.integrations.linears as linears_module
 
     model = load("demo")
     attach_adapters(model, {"a": A}, max_adapters=2, max_rank=8)
     before = logits(model, IDS, ["a"] * 3)
 
-    def failing(config: Any, target: Any, name: str) -> None:
+    def failing(model: Any, config: Any, name: str) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(adapters_module, "inject_adapter_in_model", failing)
+    monkeypatch.setattr(linears_module, "LoraModel", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         attach_adapters(model, {"mixed": mixed})
     monkeypatch.undo()

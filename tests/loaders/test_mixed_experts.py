@@ -19,7 +19,7 @@ from quant_moelora.core.errors import UnsupportedError
 from quant_moelora.core.weights import PackedWeight
 from quant_moelora.loaders.checkpoint import Checkpoint
 from quant_moelora.loaders.experts import load_layer
-from quant_moelora.loaders.layer_format import LayerFormat, describe_layers
+from quant_moelora.loaders.layer_format import LinearsFormat, describe_layers
 from tests.checkpoints import (
     ENCODERS,
     PROJ_NAMES,
@@ -66,12 +66,14 @@ def ct_groups(layer: Layer) -> dict[str, Any]:
     return {**ct_config(), "config_groups": groups}
 
 
-def describe(folder: Path, layer: Layer) -> tuple[Checkpoint, LayerFormat]:
+def describe(folder: Path, layer: Layer) -> tuple[Checkpoint, LinearsFormat]:
     checkpoint = Checkpoint(folder)
-    return checkpoint, describe_layers(checkpoint, [experts_spec(layer)], skeleton())[0]
+    (fmt,) = describe_layers(checkpoint, [experts_spec(layer)], skeleton())
+    assert isinstance(fmt, LinearsFormat)
+    return checkpoint, fmt
 
 
-def check(folder: Path, layer: Layer) -> LayerFormat:
+def check(folder: Path, layer: Layer) -> LinearsFormat:
     """Every weight is as it is defined, and w13 and w2 have each the least scheme that holds all of theirs."""
     checkpoint, fmt = describe(folder, layer)
     info = load_layer(checkpoint, fmt, "cpu")
