@@ -3,7 +3,8 @@
 Three styles, each a list of documents (README.md names packages and licences): ``manual``, prose of software manuals;
 ``scripture``, chapters of the King James Bible, a verse a line; ``novel``, chapters of Jane Austen. Every twentieth
 document is held out. FOLDER gets the tokenizer, ``corpus.safetensors`` with uint16 tokens ``STYLE.train`` and
-``STYLE.heldout``, and the held-out text as ``STYLE.heldout.txt``. Nothing is installed: packages are only unpacked.
+``STYLE.heldout``, and in ``STYLE.txt`` the passages of held-out text that ``passages/`` has. Nothing is installed:
+packages are only unpacked.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ STYLES = ("manual", "scripture", "novel")
 VOCABULARY = 2048
 END, PAD = "<|endoftext|>", "<|pad|>"  # tokens 0 and 1; END closes each document
 HELD_OUT = 20  # one document of so many
+PASSAGES, CHARACTERS = 12, 700  # of held-out text that judges the model, and in each of them
 
 # Folder of English HTML pages in each package.
 _MANUALS = {
@@ -60,7 +62,7 @@ def main() -> None:
         heldout = documents[style][HELD_OUT // 2 :: HELD_OUT]
         train = [text for number, text in enumerate(documents[style]) if number % HELD_OUT != HELD_OUT // 2]
         tokens |= {f"{style}.train": encode(tokenizer, train), f"{style}.heldout": encode(tokenizer, heldout)}
-        (out / f"{style}.heldout.txt").write_text(f"\n{END}\n".join(heldout) + "\n")
+        (out / f"{style}.txt").write_text("\n\n".join(passages(heldout)) + "\n")
     save_file(tokens, out / "corpus.safetensors")
     for name, ids in tokens.items():
         print(f"{name}: {len(ids):,} tokens")
@@ -176,6 +178,13 @@ def read_rdb(data: bytes) -> list[list[str]]:
             place += 8 + length
         objects.append(lines)
     return objects
+
+
+def passages(documents: list[str]) -> list[str]:
+    """The beginnings of some long documents, spread evenly over them, each cut after a word."""
+    long = [text for text in documents if len(text) > CHARACTERS]
+    chosen = [long[number * len(long) // PASSAGES] for number in range(PASSAGES)]
+    return [text[: CHARACTERS + 1].rsplit(None, 1)[0] for text in chosen]
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

@@ -37,13 +37,10 @@ RANKS = {"scripture": 16, "novel": 8}  # the adapters
 DROPOUT = 0.1  # in attention and in experts: each style is read some fifteen times
 EVALUATIONS = 20  # of a training
 PROMPTS = ("The", "It is", "When the", "In the", "If you", "There was", "He said that", "And the")
-DECODING: dict[str, dict[str, Any]] = {  # options of generate
+GENERATION = {"repetition_penalty": 1.15, "no_repeat_ngram_size": 3}  # a model so small repeats itself otherwise
+DECODING: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
-    "greedy, penalty 1.15": {"do_sample": False, "repetition_penalty": 1.15},
-    "greedy, no 3 tokens twice": {"do_sample": False, "no_repeat_ngram_size": 3},
-    "greedy, both": {"do_sample": False, "repetition_penalty": 1.15, "no_repeat_ngram_size": 3},
     "sampled": {"do_sample": True, "temperature": 0.7, "top_p": 0.9},
-    "sampled, penalty 1.1": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1},
 }
 
 
@@ -193,6 +190,7 @@ def train_base(corpus: Corpus, out: Path, recipe: Recipe) -> Outcome:
     model.to(corpus.device)
     print(f"base: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
     outcome = train(model, corpus, recipe)
+    model.generation_config.update(**GENERATION)
     model.to(torch.bfloat16).save_pretrained(out)
     return outcome
 
@@ -208,9 +206,11 @@ def train_adapter(corpus: Corpus, base: Path, out: Path, style: str, recipe: Rec
     )
     model: Any = get_peft_model(load_base(base, corpus.device), config)
     outcome = train(model, corpus, recipe)
-    model.peft_config["default"].base_model_name_or_path = None  # a temporary folder
     model.to(torch.bfloat16).save_pretrained(out)
     (out / "README.md").unlink()  # PEFT's template, empty
+    path = out / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": None}  # PEFT names a temporary folder
+    path.write_text(json.dumps(config, indent=2) + "\n")
     return outcome
 
 
