@@ -1,4 +1,4 @@
-# demo          install into .venv, then one forward of a small quantised model with an adapter, on the CPU
+# demo          install into .venv, then complete a prompt with a small quantised model and two adapters, on the CPU
 # test          install into .venv, then everything that needs no GPU
 # check         the static part of it
 # gpu           the GPU tests, with this machine's own python3 and packages: nothing is installed

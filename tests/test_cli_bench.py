@@ -13,10 +13,10 @@ import torch
 from quant_moelora.cli import bench
 from quant_moelora.integrations.transformers import FusedExperts
 from tests.commands import Command
-from tests.integrations.models import DEMO
+from tests.integrations.models import GPTQ, A, B, folder_of
 
-MODEL = f"--model={DEMO / 'model'}"
-ADAPTERS = [f"--adapter={name}={DEMO / 'adapters' / name}" for name in ("a", "b")]
+MODEL = f"--model={folder_of(GPTQ)}"
+ADAPTERS = [f"--adapter=a={A}", f"--adapter=b={B}"]
 SIZES = ("--batch=3", "--prompt-tokens=5", "--new-tokens=2", "--dtype=float32")
 FIELDS = {
     *("model", "device", "dtype", "torch", "threads", "backends"),

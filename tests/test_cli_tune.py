@@ -17,9 +17,9 @@ from quant_moelora.kernels.grouped_gemm import tune
 from quant_moelora.kernels.grouped_gemm.config import formula
 from quant_moelora.kernels.grouped_gemm.table import Entry, LoRAEntry, tuned_tiles
 from tests.commands import Command, error_line
-from tests.integrations.models import DEMO
+from tests.integrations.models import GPTQ, folder_of
 
-MODEL = str(DEMO / "model")
+MODEL = str(folder_of(GPTQ))
 
 
 @pytest.fixture

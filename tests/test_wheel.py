@@ -126,8 +126,8 @@ def test_inspect_of_the_packaged_model(installed: Installed) -> None:
 
 def test_generate(installed: Installed) -> None:
     demo = installed.target / "quant_moelora" / "data" / "demo"
-    options = ("--model", str(demo / "model"), "--adapter", f"a={demo / 'adapters' / 'a'}", "--prompt", "a=t3 t4")
-    assert "[a] t3 t4 -> t" in installed.python("-m", "quant_moelora.cli", "generate", *options)
+    options = ("--model", str(demo / "model"), "--adapter", f"a={demo / 'adapters' / 'novel'}", "--prompt", "a=It is")
+    assert "[a] It is -> " in installed.python("-m", "quant_moelora.cli", "generate", *options)
 
 
 def test_demo(installed: Installed) -> None:

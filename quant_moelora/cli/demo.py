@@ -14,14 +14,16 @@ from quant_moelora.cli.options import JsonOption
 from quant_moelora.integrations.session import BASE_NAME
 
 EXAMPLES = ("demo", "demo --json")
-PROMPT = "t69 t250 t133"  # the model is random and its vocabulary is t0 to t255
+PROMPT = "When the"
+ADAPTERS = ("scripture", "novel")
+NEW_TOKENS = 48
 
 
 def demo(as_json: JsonOption = False) -> None:
     """Complete one prompt in three ways in one batch, on the CPU.
 
-    They are the base model, a small random Qwen3-MoE that gptqmodel quantised to int4, so that its words mean nothing,
-    and two adapters as PEFT wrote them, one on fused experts and one on per-expert modules.
+    They are the base model, a small Qwen3-MoE that learnt from manuals of software, in gptqmodel's int4, and two
+    adapters that PEFT trained on it unquantised: one speaks as the King James Bible, one as Jane Austen.
     """
     import torch
     from transformers import AutoTokenizer
@@ -34,8 +36,8 @@ def demo(as_json: JsonOption = False) -> None:
         model = from_pretrained(folder / "model", dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
         parity = relative_rms(model, dense_twin(model), random_ids(model))
-        attach_adapters(model, {name: Path(folder) / "adapters" / name for name in ("a", "b")})
-    report = complete(model, tokenizer, [(name, PROMPT) for name in (BASE_NAME, "a", "b")], 16)
+        attach_adapters(model, {name: Path(folder) / "adapters" / name for name in ADAPTERS})
+    report = complete(model, tokenizer, [(name, PROMPT) for name in (BASE_NAME, *ADAPTERS)], NEW_TOKENS)
     if as_json:
         typer.echo(json.dumps({**asdict(report), "parity": parity}, indent=2))
         return

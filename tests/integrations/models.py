@@ -13,13 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import quant_moelora
 from quant_moelora.integrations.transformers import experts_of, from_pretrained
 from tests.adapters import Dims, Tensors, attention_lora, write_adapter
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-DEMO = Path(quant_moelora.__file__).parent / "data" / "demo"
 BASES = ("base-mixtral-h128-i128", "base-qwen3moe-h128-i96")
+GPTQ = "gptq-qwen3moe-int4-g32-asym"
 QUANTIZED = (
     "awq-qwen3moe-int4-g128",
     "ct-mixtral-w4a16-g128-sym-rtn",
@@ -27,9 +26,11 @@ QUANTIZED = (
     "ct-qwen3moe-w4a16-g32-asym-rtn",
     "gptq-mixtral-int4-g32-descact",
     "gptq_v2-qwen3moe-int4-g32-asym",
-    "demo",
+    GPTQ,
 )
 CHECKPOINTS = (*BASES, *QUANTIZED)
+# Adapters of the Qwen3 models on all experts: fused, rank 8, rsLoRA; per-expert modules, rank 4.
+A, B = (GOLDEN / "adapters" / name for name in ("lora-tp-rslora-qwen3moe-r8", "lora-mod-qwen3moe-r4"))
 QWEN = Dims(experts=8, hidden=128, inter=96)
 ACT_ORDER = Dims(experts=5, hidden=128, inter=192, block="block_sparse_moe")  # gptq-mixtral-int4-g32-descact
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -46,13 +47,13 @@ EFFECT = 5e-3
 
 
 def folder_of(name: str) -> Path:
-    """Folder of a golden checkpoint or of the demo's."""
-    return DEMO / "model" if name == "demo" else GOLDEN / "checkpoints" / name
+    """Folder of a golden checkpoint."""
+    return GOLDEN / "checkpoints" / name
 
 
 def golden_logits(name: str) -> tuple[Tensor, Tensor]:
-    """input_ids and float32 logits of a checkpoint, or of an adapter given as ``adapters/NAME`` or ``demo/NAME``."""
-    below = GOLDEN if name.startswith(("adapters/", "demo")) else GOLDEN / "checkpoints"
+    """input_ids and float32 logits of a checkpoint, or of an adapter given as ``adapters/NAME``."""
+    below = GOLDEN if name.startswith("adapters/") else GOLDEN / "checkpoints"
     held = load_file(below / name / "logits.safetensors")
     return held["input_ids"], held["logits"]
 

@@ -18,11 +18,13 @@ from quant_moelora.integrations.transformers import experts_of
 from quant_moelora.layer import MoEExperts
 from tests.adapters import expert_lora, linear_lora, write_adapter
 from tests.integrations.models import (
-    DEMO,
     EFFECT,
+    GPTQ,
     PROJECTIONS,
     QWEN,
     ROUNDING,
+    A,
+    B,
     attention_adapter,
     difference,
     load,
@@ -32,7 +34,6 @@ from tests.integrations.models import (
 )
 
 IDS = random_ids(3, 11)
-A, B = DEMO / "adapters" / "a", DEMO / "adapters" / "b"  # ranks 8 and 4, all experts
 
 
 def layers(model: Any) -> list[MoEExperts]:
@@ -48,7 +49,7 @@ def addresses(model: Any) -> list[int]:
 
 def alone(folder: Path) -> Tensor:
     """Logits of a model with this adapter only, in a bank of its size."""
-    model = load("demo")
+    model = load(GPTQ)
     attach_adapters(model, {"x": folder})
     return logits(model, IDS, ["x"] * 3)
 
@@ -62,7 +63,7 @@ def mixed(tmp_path: Path) -> Path:
 
 
 def test_adapters_come_and_go_at_fixed_addresses(mixed: Path, device: torch.device) -> None:
-    model = load("demo", device_map=device)
+    model = load(GPTQ, device_map=device)
     base = logits(model, IDS)
     attach_adapters(model, {}, max_adapters=2, max_rank=8)
     fixed = addresses(model)
@@ -90,7 +91,7 @@ def test_adapters_come_and_go_at_fixed_addresses(mixed: Path, device: torch.devi
 
 def test_a_detached_adapter_leaves_the_others_as_they_were(mixed: Path) -> None:
     """Also in a bank of just their size, and when another one is attached afterwards."""
-    model = load("demo")
+    model = load(GPTQ)
     base = logits(model, IDS)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     attach_adapters(model, {"a": A, "mixed": mixed, "more": mixed})
@@ -112,7 +113,7 @@ def test_a_detached_adapter_leaves_the_others_as_they_were(mixed: Path) -> None:
 
 def test_an_adapter_without_experts_takes_no_slot(tmp_path: Path) -> None:
     """Two of them with routers: neither gets the other's rows."""
-    model = load("demo")
+    model = load(GPTQ)
     folders = {
         name: attention_adapter(tmp_path / name, seed, linear_lora("model.layers.0.mlp.gate", 8, 128, seed=seed))
         for name, seed in (("one", 5), ("two", 300))
@@ -145,7 +146,7 @@ GUEST: list[Path] = []
 def test_what_does_not_fit_changes_nothing(tmp_path: Path, case: str) -> None:
     call, match = REFUSED[case]
     GUEST[:] = [write_adapter(tmp_path / "wide", expert_lora(QWEN, {"up": "up_proj"}, experts=[3], rank=9))]
-    model = load("demo")
+    model = load(GPTQ)
     attach_adapters(model, {"a": A}, max_adapters=2, max_rank=8)
     before, fixed = logits(model, IDS, ["a", BASE_NAME, "a"]), addresses(model)
     with pytest.raises(AdapterError, match=match):
@@ -158,14 +159,14 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize("size", [{"max_adapters": 2}, {"max_rank": 2}, {"capacity_bytes": 2}])
 def test_half_a_size(size: dict[str, int]) -> None:
-    model = load("demo")
+    model = load(GPTQ)
     with pytest.raises(AdapterError, match=r"expected max_adapters and max_rank, at the first"):
         attach_adapters(model, {"a": A}, **size)
     assert session_names(model) == [] and layers(model)[0].injection.ctx is None
 
 
 def test_too_small_a_bank_at_first_is_none() -> None:
-    model = load("demo")
+    model = load(GPTQ)
     with pytest.raises(AdapterError, match=r"room for adapter a: .*expected to fit into 992 bytes"):
         attach_adapters(model, {"a": A}, max_adapters=2, max_rank=8, capacity_bytes=1000)
     assert session_names(model) == [] and all(moe.injection.ctx is None for moe in layers(model))
@@ -176,7 +177,7 @@ def test_too_small_a_bank_at_first_is_none() -> None:
 @pytest.mark.parametrize("size", [{}, {"max_adapters": 2, "max_rank": 8}], ids=["own size", "fixed"])
 def test_a_graph_captured_without_adapters(size: dict[str, int], mixed: Path) -> None:
     """Found at the second layer, when the first already has its context."""
-    model = load("demo")
+    model = load(GPTQ)
     base = logits(model, IDS)
     layers(model)[1]._captured_without_lora = True
     with pytest.raises(BackendError, match="captured without LoRA"):
@@ -191,7 +192,7 @@ def test_a_graph_captured_without_adapters(size: dict[str, int], mixed: Path) ->
 def test_a_failure_inside_peft_takes_nothing_in(monkeypatch: pytest.MonkeyPatch, mixed: Path) -> None:
     import quant_moelora.integrations.linears as linears_module
 
-    model = load("demo")
+    model = load(GPTQ)
     attach_adapters(model, {"a": A}, max_adapters=2, max_rank=8)
     before = logits(model, IDS, ["a"] * 3)
 
@@ -216,6 +217,6 @@ def test_detaching_from_a_model_of_another_origin() -> None:
 def test_every_projection_counts(tmp_path: Path) -> None:
     """An adapter of all projections at the largest rank fits as often as max_adapters says."""
     folder = write_adapter(tmp_path / "x", expert_lora(QWEN, PROJECTIONS, rank=5))
-    model = load("demo")
+    model = load(GPTQ)
     attach_adapters(model, {"x": folder, "y": folder}, max_adapters=2, max_rank=5)
     assert difference(logits(model, IDS, ["y"] * 3), logits(model, IDS, ["x"] * 3)) < ROUNDING

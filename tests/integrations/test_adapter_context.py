@@ -14,7 +14,17 @@ import quant_moelora as qm
 from quant_moelora.core.errors import AdapterError, UnsupportedError
 from quant_moelora.integrations.session import BASE_NAME
 from tests.adapters import attention_lora, fused_lora, linear_lora, write_adapter
-from tests.integrations.models import EFFECT, FUSED, QWEN, ROUNDING, difference, load, logits, random_ids
+from tests.integrations.models import (
+    EFFECT,
+    FUSED,
+    GPTQ,
+    QWEN,
+    ROUNDING,
+    difference,
+    load,
+    logits,
+    random_ids,
+)
 
 NAMES = ["b", BASE_NAME, "a", "attention"]
 LENGTHS = [5, 3, 9, 1]
@@ -34,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
         folders[name] = write_adapter(root / name, tensors, target_parameters=[*FUSED, "mlp.gate.weight"])
     head = {key: 0.3 * tensor for key, tensor in linear_lora("lm_head", 256, 128, seed=9).items()}
     folders["attention"] = write_adapter(root / "attention", attention_lora(ATTENTION, seed=7) | head)
-    loaded = load("demo")
+    loaded = load(GPTQ)
     qm.attach_adapters(loaded, folders)
     return loaded
 
@@ -114,7 +124,7 @@ def test_around_pefts_model(tmp_path: Path) -> None:
         name: write_adapter(tmp_path / name, fused_lora(QWEN, seed=seed), target_parameters=FUSED)
         for seed, name in enumerate("ab")
     }
-    peft_model = PeftModel.from_pretrained(load("demo"), str(folders["a"]), adapter_name="a")
+    peft_model = PeftModel.from_pretrained(load(GPTQ), str(folders["a"]), adapter_name="a")
     peft_model.load_adapter(str(folders["b"]), "b")
     ids = random_ids(1, 8)
     active = logits(peft_model, ids)

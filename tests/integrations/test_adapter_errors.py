@@ -16,20 +16,22 @@ from quant_moelora.integrations.adapters import attach_adapters
 from quant_moelora.integrations.session import BASE_NAME
 from tests.adapters import Tensors, expert_lora, linear_lora, write_adapter
 from tests.integrations.models import (
-    DEMO,
     EFFECT,
     GOLDEN,
+    GPTQ,
     PROJECTIONS,
     QWEN,
+    A,
+    B,
     attention_adapter,
     difference,
+    folder_of,
     load,
     logits,
     random_ids,
     session_names,
 )
 
-A, B = DEMO / "adapters" / "a", DEMO / "adapters" / "b"
 LAYER = "model.layers.0"
 
 
@@ -37,7 +39,7 @@ class Watched:
     """A model with one adapter, and what it computes; no failure may change it."""
 
     def __init__(self) -> None:
-        self.model: Any = load("demo")
+        self.model: Any = load(GPTQ)
         self.ids = random_ids(2, 9)
         self.base = logits(self.model, self.ids)
         attach_adapters(self.model, {"kept": A})
@@ -71,7 +73,7 @@ def test_names_that_cannot_be_given(watched: Watched, name: str) -> None:
 @pytest.mark.parametrize("name", ["keys", "training", "type"])
 def test_names_that_torch_keeps_for_itself(tmp_path: Path, name: str) -> None:
     """PEFT holds adapters in ModuleDicts, where these are taken: either served, or refused as the names above."""
-    model, ids = load("demo"), random_ids(2, 9)
+    model, ids = load(GPTQ), random_ids(2, 9)
     base = logits(model, ids)
     try:
         attach_adapters(model, {name: attention_adapter(tmp_path / "x")})
@@ -140,7 +142,7 @@ MISFITS: dict[str, tuple[Writer, str]] = {
         r"experts\.\d+\.w[123] in .*attach the adapter to the model it was trained on",
     ),
     "more layers than the model": (writer(linear_lora("model.layers.2.self_attn.q_proj", 128, 128)), r"layers\.2\."),
-    "a checkpoint instead of an adapter": (lambda _: DEMO / "model", r"no adapter_config\.json"),
+    "a checkpoint instead of an adapter": (lambda _: folder_of(GPTQ), r"no adapter_config\.json"),
     "dora": (writer(expert_lora(QWEN, PROJECTIONS), use_dora=True), r"use_dora=True"),
 }
 
@@ -159,19 +161,19 @@ def test_no_such_folder(watched: Watched) -> None:
 
 
 def test_after_a_failure_the_same_name_can_be_attached(tmp_path: Path) -> None:
-    model, ids = load("demo"), random_ids(2, 9)
+    model, ids = load(GPTQ), random_ids(2, 9)
     good = attention_adapter(tmp_path / "good")
     with pytest.raises(AdapterError):
         attach_adapters(model, {"x": good, "y": writer(linear_lora("lm_tail", 8, 8))(tmp_path / "y")})
     attach_adapters(model, {"x": good})
-    other = load("demo")
+    other = load(GPTQ)
     attach_adapters(other, {"x": good})
     assert torch.equal(logits(model, ids, ["x", BASE_NAME]), logits(other, ids, ["x", BASE_NAME]))
 
 
 def test_a_failure_inside_peft_attaches_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """PEFT fails at the second adapter, when the first already stands in the attention layers."""
-    model, ids = load("demo"), random_ids(2, 9)
+    model, ids = load(GPTQ), random_ids(2, 9)
     base = logits(model, ids)
     inject = linears_module.LoraModel
 

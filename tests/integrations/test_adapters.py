@@ -20,14 +20,16 @@ from tests.adapters import PREFIX, attention_lora, expert_lora, fused_lora, writ
 from tests.integrations.models import (
     ACCEPTED,
     ACT_ORDER,
-    DEMO,
     EFFECT,
     FUSED,
     GOLDEN,
+    GPTQ,
     HONEST,
     PROJECTIONS,
     QWEN,
     ROUNDING,
+    A,
+    B,
     attention_adapter,
     difference,
     golden_logits,
@@ -42,13 +44,9 @@ ADAPTERS = {
     "adapters/lora-tp-peft018-qwen3moe-r8": "base-qwen3moe-h128-i96",
     "adapters/lora-tp-mixtral-r4": "base-mixtral-h128-i128",
     "adapters/lora-mod-mixtral-rankpattern": "base-mixtral-h128-i128",
-    "demo/a": "base-qwen3moe-h128-i96",
-    "demo/b": "base-qwen3moe-h128-i96",
+    f"adapters/{A.name}": "base-qwen3moe-h128-i96",
+    f"adapters/{B.name}": "base-qwen3moe-h128-i96",
 }
-
-
-def adapter_folder(name: str) -> Path:
-    return DEMO / "adapters" / name[-1] if name.startswith("demo/") else GOLDEN / name
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -56,7 +54,7 @@ def test_pefts_own_logits(name: str, device: torch.device) -> None:
     model = load(ADAPTERS[name], device_map=device)
     ids, expected = golden_logits(name)
     base = logits(model, ids)
-    attach_adapters(model, {"x": adapter_folder(name)})
+    attach_adapters(model, {"x": GOLDEN / name})
     got = logits(model, ids, ["x"] * len(ids))
     assert difference(got, expected) < ACCEPTED, "the accepted bound"
     assert difference(got, expected) < HONEST, "the bound that holds"
@@ -68,7 +66,7 @@ def test_all_adapters_of_a_base_attached_together() -> None:
     for base in sorted(set(ADAPTERS.values())):
         model = load(base)
         names = [name for name in ADAPTERS if ADAPTERS[name] == base]
-        attach_adapters(model, {name.replace(".", "-"): adapter_folder(name) for name in names})
+        attach_adapters(model, {name.replace(".", "-"): GOLDEN / name for name in names})
         assert session_names(model) == names
         for name in names:
             ids, expected = golden_logits(name)
@@ -95,14 +93,14 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("adapters")
     half = {"gate": "gate_proj", "down": "down_proj"}
     return {
-        "fused": DEMO / "adapters" / "a",
-        "experts": DEMO / "adapters" / "b",
+        "fused": A,
+        "experts": B,
         "attention": attention_adapter(folder / "attention", more=expert_lora(QWEN, PROJECTIONS, rank=3)),
         "partial": write_adapter(folder / "partial", expert_lora(QWEN, half, experts=range(0, 8, 2), layers=[1])),
     }
 
 
-@pytest.fixture(scope="module", params=["demo", "base-qwen3moe-h128-i96"])
+@pytest.fixture(scope="module", params=[GPTQ, "base-qwen3moe-h128-i96"])
 def served(request: pytest.FixtureRequest, adapters: dict[str, Path]) -> Served:
     model, ids = load(request.param), random_ids(len(MIXED), 11)
     before = logits(model, ids)
@@ -203,7 +201,7 @@ def test_names_without_inputs(served: Served) -> None:
 
 
 def test_mixed_batch_on_each_device(adapters: dict[str, Path], device: torch.device) -> None:
-    model, ids = load("demo", device_map=device), random_ids(len(MIXED), 11)
+    model, ids = load(GPTQ, device_map=device), random_ids(len(MIXED), 11)
     before = logits(model, ids)
     attach_adapters(model, adapters)
     mixed = logits(model, ids, MIXED)
@@ -216,8 +214,8 @@ def test_mixed_batch_on_each_device(adapters: dict[str, Path], device: torch.dev
 
 
 def test_mixed_batch_in_bfloat16(adapters: dict[str, Path]) -> None:
-    model, ids = load("demo", dtype=torch.bfloat16), random_ids(len(MIXED), 11)
-    exact = load("demo")
+    model, ids = load(GPTQ, dtype=torch.bfloat16), random_ids(len(MIXED), 11)
+    exact = load(GPTQ)
     attach_adapters(model, adapters)
     attach_adapters(exact, adapters)
     # 2**-9 a rounding, some 60 of them in sequence.
@@ -228,8 +226,8 @@ def test_mixed_batch_in_bfloat16(adapters: dict[str, Path]) -> None:
 
 
 def merge_a(twin: Any) -> None:
-    """Adapter a of the demo: fused, rank 8, alpha 16, rsLoRA; A [E*r, K] expert-major, B [N, r*E] rank-major."""
-    held = load_file(DEMO / "adapters" / "a" / "adapter_model.safetensors")
+    """Adapter A: fused, rank 8, alpha 16, rsLoRA; A [E*r, K] expert-major, B [N, r*E] rank-major."""
+    held = load_file(A / "adapter_model.safetensors")
     for layer in range(2):
         module = f"model.layers.{layer}.mlp.experts"
         for inner, parameter in ((".base_layer", "gate_up_proj"), ("", "down_proj")):
@@ -242,8 +240,8 @@ def merge_a(twin: Any) -> None:
 
 
 def merge_b(twin: Any) -> None:
-    """Adapter b of the demo: per-expert modules, rank 4, alpha 8."""
-    held = load_file(DEMO / "adapters" / "b" / "adapter_model.safetensors")
+    """Adapter B: per-expert modules, rank 4, alpha 8."""
+    held = load_file(B / "adapter_model.safetensors")
     places = (("gate_up_proj", "gate_proj", 0), ("gate_up_proj", "up_proj", 96), ("down_proj", "down_proj", 0))
     for layer in range(2):
         module = f"model.layers.{layer}.mlp.experts"
@@ -257,12 +255,12 @@ def merge_b(twin: Any) -> None:
 
 
 def test_adapters_on_the_quantised_model_equal_merged_dense_weights() -> None:
-    model, ids = load("demo"), random_ids(3, 19)
+    model, ids = load(GPTQ), random_ids(3, 19)
     twins: dict[str, Any] = {name: dense_twin(model) for name in ("a", "b")}
     with torch.no_grad():
         merge_a(twins["a"])
         merge_b(twins["b"])
-    attach_adapters(model, {name: DEMO / "adapters" / name for name in twins})
+    attach_adapters(model, {"a": A, "b": B})
     mixed = logits(model, torch.cat((ids, ids)), ["a"] * 3 + ["b"] * 3)
     assert difference(mixed[:3], logits(twins["a"], ids)) < ROUNDING
     assert difference(mixed[3:], logits(twins["b"], ids)) < ROUNDING
@@ -305,7 +303,7 @@ def mixtral_delta(tensors: dict[str, Tensor], form: str, layer: int, parameter: 
 
 def test_a_second_call_adds_to_the_first(tmp_path: Path, adapters: dict[str, Path]) -> None:
     """Experts only first, then attention and experts: earlier adapters keep their slots and their results."""
-    model, ids = load("demo"), random_ids(3, 11)
+    model, ids = load(GPTQ), random_ids(3, 11)
     before = logits(model, ids)
     attach_adapters(model, {"one": adapters["fused"]})
     one = logits(model, ids, ["one"] * 3)
@@ -318,7 +316,7 @@ def test_a_second_call_adds_to_the_first(tmp_path: Path, adapters: dict[str, Pat
     assert difference(mixed[0], two[0]) < ROUNDING
     assert torch.equal(mixed[1], before[1])
     assert difference(mixed[2], one[2]) < ROUNDING
-    other = load("demo")
+    other = load(GPTQ)
     attach_adapters(other, {"two": adapters["attention"]})
     assert difference(two, logits(other, ids, ["two"] * 3)) < ROUNDING
     assert list(inspect.signature(model.forward).parameters).count("adapter_names") == 1
@@ -337,7 +335,7 @@ def test_factors_in_bfloat16_are_their_values(tmp_path: Path, form: str) -> None
         "wide": write_adapter(tmp_path / "wide", {k: t.float() for k, t in narrow.items()}, **config),
         "unrounded": write_adapter(tmp_path / "unrounded", tensors | attention, **config),
     }
-    model, ids = load("demo"), random_ids(3, 11)
+    model, ids = load(GPTQ), random_ids(3, 11)
     attach_adapters(model, folders)
     got = {name: logits(model, ids, [name] * 3) for name in folders}
     assert torch.equal(got["narrow"], got["wide"])
@@ -354,11 +352,11 @@ def test_two_adapters_on_attention(tmp_path: Path) -> None:
     names = ["two", BASE_NAME, "one"]
     alone: dict[str, Tensor] = {}
     for name, folder in (("one", one), ("two", two)):
-        model = load("demo")
+        model = load(GPTQ)
         alone[BASE_NAME] = logits(model, ids)
         attach_adapters(model, {name: folder})
         alone[name] = logits(model, ids, [name] * 3)
-    together, stepwise = load("demo"), load("demo")
+    together, stepwise = load(GPTQ), load(GPTQ)
     attach_adapters(together, {"one": one, "two": two})
     attach_adapters(stepwise, {"one": one})
     attach_adapters(stepwise, {"two": two})
@@ -370,7 +368,7 @@ def test_two_adapters_on_attention(tmp_path: Path) -> None:
 
 
 def test_one_folder_under_two_names(adapters: dict[str, Path]) -> None:
-    model, ids = load("demo"), random_ids(1, 11).expand(4, 11)
+    model, ids = load(GPTQ), random_ids(1, 11).expand(4, 11)
     attach_adapters(model, {"x": adapters["attention"], "z": adapters["fused"]})
     attach_adapters(model, {"y": adapters["fused"]})
     mixed = logits(model, ids, ["z", "y", "x", BASE_NAME])
@@ -379,25 +377,25 @@ def test_one_folder_under_two_names(adapters: dict[str, Path]) -> None:
 
 
 def test_dropout_of_the_config_is_not_applied(tmp_path: Path) -> None:
-    model, ids = load("demo"), random_ids(2, 11)
+    model, ids = load(GPTQ), random_ids(2, 11)
     attach_adapters(model, {"with": attention_adapter(tmp_path / "with", lora_dropout=0.5)})
-    other = load("demo")
+    other = load(GPTQ)
     attach_adapters(other, {"without": attention_adapter(tmp_path / "without")})
     assert torch.equal(logits(model, ids, ["with"] * 2), logits(other, ids, ["without"] * 2))
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
 def test_the_way_an_adapter_was_initialised_means_nothing(tmp_path: Path, init: bool | str) -> None:
-    model, ids = load("demo"), random_ids(2, 11)
+    model, ids = load(GPTQ), random_ids(2, 11)
     before = logits(model, ids)
     attach_adapters(model, {"x": attention_adapter(tmp_path / "x", init_lora_weights=init)})
-    plain = load("demo")
+    plain = load(GPTQ)
     attach_adapters(plain, {"x": attention_adapter(tmp_path / "y")})
     assert torch.equal(logits(model, ids, ["x"] * 2), logits(plain, ids, ["x"] * 2))
     assert torch.equal(logits(model, ids), before)
 
 
 def test_attached_adapters_are_frozen(adapters: dict[str, Path]) -> None:
-    model = load("demo")
+    model = load(GPTQ)
     attach_adapters(model, adapters)
     assert not [name for name, parameter in model.named_parameters() if "lora_" in name and parameter.requires_grad]

@@ -35,7 +35,7 @@ from tests.checkpoints import (
     random_linear,
     write_checkpoint,
 )
-from tests.integrations.models import copy_checkpoint, folder_of, logits, random_ids
+from tests.integrations.models import GPTQ, copy_checkpoint, folder_of, logits, random_ids
 from tests.integrations.test_families import beside, moved, quantise_experts, saved
 from tests.integrations.test_tools import config_of, gptqmodel, halves
 from tests.loaders.test_packed_form import assert_same, rewrite
@@ -162,7 +162,7 @@ def keys(folder: Path) -> set[str]:
 
 def test_files_index_and_headers(tmp_path: Path) -> None:
     """Files of at most the size, or of one tensor; an index of them; each names the layers it has a part of."""
-    out = convert(folder_of("demo"), tmp_path / "out", max_shard_size=SHARD)
+    out = convert(folder_of(GPTQ), tmp_path / "out", max_shard_size=SHARD)
     index = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 3
@@ -186,14 +186,14 @@ def test_files_index_and_headers(tmp_path: Path) -> None:
 
 
 def test_one_file_needs_no_index(tmp_path: Path) -> None:
-    out = convert(folder_of("demo"), tmp_path / "out")
+    out = convert(folder_of(GPTQ), tmp_path / "out")
     assert [file.name for file in out.glob("*.safetensors*")] == ["model.safetensors"]
 
 
 def test_small_files_come_along(tmp_path: Path) -> None:
-    folder = copy_checkpoint("demo", tmp_path / "in")
+    folder = copy_checkpoint(GPTQ, tmp_path / "in")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        (folder / name).write_bytes((folder_of("demo") / name).read_bytes())
+        (folder / name).write_bytes((folder_of(GPTQ) / name).read_bytes())
     (folder / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
     (folder / "quantize_config.json").write_text('{"bits": 4, "quant_method": "gptq"}', encoding="utf-8")
     (folder / "consolidated.pth").write_bytes(b"weights")
@@ -208,22 +208,22 @@ def test_small_files_come_along(tmp_path: Path) -> None:
 
 
 def test_generation_settings_of_an_old_config(tmp_path: Path) -> None:
-    folder = copy_checkpoint("demo", tmp_path / "in", config=lambda held: held.update(do_sample=True, top_k=7))
+    folder = copy_checkpoint(GPTQ, tmp_path / "in", config=lambda held: held.update(do_sample=True, top_k=7))
     out = convert(folder, tmp_path / "out")
     loaded: list[Any] = [from_pretrained(path).generation_config for path in (folder, out)]
     assert [(config.do_sample, config.top_k) for config in loaded] == [(True, 7)] * 2
 
 
 def test_inspect_and_verify(tmp_path: Path) -> None:
-    out = convert(folder_of("demo"), tmp_path / "out", max_shard_size=SHARD)
-    found, before = describe(str(out)), describe(str(folder_of("demo")))
+    out = convert(folder_of(GPTQ), tmp_path / "out", max_shard_size=SHARD)
+    found, before = describe(str(out)), describe(str(folder_of(GPTQ)))
     assert found["quant_method"] == "quant_moelora" and found["quantized_linears"] == 0
     (ours,), (theirs,) = found["experts"], before["experts"]
     assert ours["formats"] == {"gate_up": "packed w4a16_g32_asym", "down": "packed w4a16_g32_asym"}
     assert {k: v for k, v in ours.items() if k != "formats"} == {k: v for k, v in theirs.items() if k != "formats"}
     assert verify(out).ok
     with pytest.raises(FormatError, match="gate_up of the experts of layer 0 in packed w4a16_g32_asym"):
-        verify(folder_of("demo"), out)
+        verify(folder_of(GPTQ), out)
 
 
 # --- all or nothing ----------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_what_goes_wrong_leaves_nothing(tmp_path: Path, error: BaseException, mo
     load = module.load_layer
     monkeypatch.setattr(module, "load_layer", fail)
     with pytest.raises(type(error)):
-        convert(folder_of("demo"), target, max_shard_size=SHARD)
+        convert(folder_of(GPTQ), target, max_shard_size=SHARD)
     assert seen[1] > seen[0] > 0
     assert not list((tmp_path / "below").iterdir())
 
@@ -259,13 +259,13 @@ def test_an_existing_target_is_refused(tmp_path: Path, kind: str) -> None:
     else:
         target.symlink_to(tmp_path / "nowhere")
     with pytest.raises(FormatError, match="a new folder"):
-        convert(folder_of("demo"), target)
+        convert(folder_of(GPTQ), target)
     assert list(tmp_path.iterdir()) == [target] and (kind != "file" or target.read_text(encoding="utf-8") == "mine")
 
 
 def test_a_size_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="max_shard_size"):
-        convert(folder_of("demo"), tmp_path / "out", max_shard_size="five")
+        convert(folder_of(GPTQ), tmp_path / "out", max_shard_size="five")
 
 
 def test_a_model_without_experts(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_memory_is_that_of_a_layer_and_a_file(tmp_path: Path, monkeypatch: pytes
 
     load = module.load_layer
     monkeypatch.setattr(module, "load_layer", watch)
-    convert(folder_of("demo"), tmp_path / "out", max_shard_size=30_000)
+    convert(folder_of(GPTQ), tmp_path / "out", max_shard_size=30_000)
     assert len(left) == 2 and left[1] <= 30_000 < sum(size for _, size in held) / 4
 
 
@@ -299,7 +299,7 @@ def test_memory_is_that_of_a_layer_and_a_file(tmp_path: Path, monkeypatch: pytes
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's model in several files."""
-    return convert(folder_of("demo"), tmp_path_factory.mktemp("converted") / "out", max_shard_size=SHARD)
+    return convert(folder_of(GPTQ), tmp_path_factory.mktemp("converted") / "out", max_shard_size=SHARD)
 
 
 @pytest.fixture

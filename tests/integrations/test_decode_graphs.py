@@ -21,8 +21,19 @@ from quant_moelora.integrations.adapters import attach_adapters, detach_adapters
 from quant_moelora.integrations.decode_graphs import DecodeGraphs
 from quant_moelora.integrations.session import BASE_NAME
 from quant_moelora.integrations.transformers import experts_of
-from tests.integrations.models import DEMO, EFFECT, Generated, difference, generate, load, random_ids
+from tests.integrations.models import (
+    EFFECT,
+    GPTQ,
+    A,
+    B,
+    Generated,
+    difference,
+    generate,
+    load,
+    random_ids,
+)
 
+FOLDERS = {"a": A, "b": B}
 NEW = 5
 NAMES = ["a", BASE_NAME, "b"]
 EVERYWHERE: Any = CompileConfig()
@@ -58,9 +69,9 @@ class Served:
     """A model whose `generate` replays its steps."""
 
     def __init__(self, adapters: Sequence[str] = "ab", **room: int) -> None:
-        self.model, self.record, self.recorders = load("demo"), Recorder(), 0
+        self.model, self.record, self.recorders = load(GPTQ), Recorder(), 0
         self.model.hf_quantizer.compileable = True  # what the backends of a GPU are
-        attach_adapters(self.model, {name: DEMO / "adapters" / name for name in adapters}, **room)
+        attach_adapters(self.model, {name: FOLDERS[name] for name in adapters}, **room)
         modules = list(experts_of(self.model).values())
         layers = [module.moe for module in modules if module.moe is not None]
         self.compiled: list[Any] = []
@@ -126,7 +137,7 @@ def test_graphs_are_made_anew_for_another_bank() -> None:
     served = Served("a")
     cache = served.cache()
     check(served, ["a", BASE_NAME, "a"], cache)
-    attach_adapters(served.model, {"b": DEMO / "adapters" / "b"})
+    attach_adapters(served.model, {"b": B})
     check(served, NAMES, cache)
     assert served.record.recorded == 2
 
@@ -135,7 +146,7 @@ def test_graphs_stay_in_a_bank_of_fixed_size() -> None:
     served = Served("a", max_adapters=2, max_rank=16)
     cache = served.cache()
     check(served, ["a", BASE_NAME, "a"], cache)
-    attach_adapters(served.model, {"b": DEMO / "adapters" / "b"})
+    attach_adapters(served.model, {"b": B})
     check(served, NAMES, cache)
     detach_adapters(served.model, ["a"])
     check(served, ["b", BASE_NAME, "b"], cache)
@@ -163,9 +174,9 @@ def test_a_cache_that_counts_on_the_host_is_transformers_to_compile() -> None:
 @pytest.mark.gpu
 def test_generate_replays_cuda_graphs() -> None:
     """With transformers' own static cache, of which every `generate` makes a new one, and with one that is kept."""
-    model = load("demo", device_map="cuda", dtype=torch.bfloat16)
+    model = load(GPTQ, device_map="cuda", dtype=torch.bfloat16)
     before = generate(model, prompts(), None, NEW, cache_implementation="static")
-    attach_adapters(model, {name: DEMO / "adapters" / name for name in "ab"})
+    attach_adapters(model, FOLDERS)
     graphs = model.get_compiled_call(None)
     assert isinstance(graphs, DecodeGraphs)
     kept = StaticCache(config=model.config, max_cache_len=16)

@@ -15,11 +15,13 @@ from quant_moelora.integrations.adapters import attach_adapters
 from quant_moelora.integrations.session import BASE_NAME
 from tests.adapters import expert_lora
 from tests.integrations.models import (
-    DEMO,
     EFFECT,
+    GPTQ,
     PROJECTIONS,
     QWEN,
     ROUNDING,
+    A,
+    B,
     Generated,
     attention_adapter,
     difference,
@@ -47,12 +49,12 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     mixed = attention_adapter(
         tmp_path_factory.mktemp("adapters") / "attention", more=expert_lora(QWEN, PROJECTIONS, layers=[1])
     )
-    return {"a": DEMO / "adapters" / "a", "attention": mixed, "b": DEMO / "adapters" / "b"}
+    return {"a": A, "attention": mixed, "b": B}
 
 
 @pytest.fixture(scope="module")
 def served(adapters: dict[str, Path]) -> Served:
-    model = load("demo")
+    model = load(GPTQ)
     requests = [random_ids(1, length, seed=length)[0] for length in (3, 8, 5, 8, 1)]
     before = [generate(model, [request], new=NEW) for request in requests]
     attach_adapters(model, adapters)
@@ -100,7 +102,7 @@ def test_names_in_another_order_give_other_results(served: Served) -> None:
 def test_rows_without_an_adapter_are_bitwise_those_of_the_model_without_adapters(
     served: Served, adapters: dict[str, Path]
 ) -> None:
-    fresh = load("demo")
+    fresh = load(GPTQ)
     for rows in ([1], [0, 1, 2, 3, 4]):
         requests = [served.requests[row] for row in rows]
         expected = generate(fresh, requests, None, NEW)
@@ -194,12 +196,12 @@ def test_wrong_names_generate_nothing(served: Served) -> None:
         with pytest.raises(AdapterError, match=match):
             generate(served.model, prompts, names, NEW)
     assert torch.equal(
-        generate(served.model, prompts, None, NEW).logits, generate(load("demo"), prompts, None, NEW).logits
+        generate(served.model, prompts, None, NEW).logits, generate(load(GPTQ), prompts, None, NEW).logits
     )
 
 
 def test_each_device_generates_a_mixed_batch(adapters: dict[str, Path], device: torch.device) -> None:
-    model = load("demo", device_map=device)
+    model = load(GPTQ, device_map=device)
     attach_adapters(model, adapters)
     requests = [random_ids(1, length, seed=length)[0] for length in (3, 8, 5, 8, 1)]
     mixed = generate(model, requests, NAMES, NEW)

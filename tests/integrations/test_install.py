@@ -25,11 +25,13 @@ from quant_moelora.core.errors import UnsupportedError
 from quant_moelora.integrations.adapters import attach_adapters
 from quant_moelora.integrations.transformers import experts_of
 from tests.integrations.models import (
-    DEMO,
     EFFECT,
+    GPTQ,
     HONEST,
     QUANTIZED,
     ROUNDING,
+    A,
+    B,
     copy_checkpoint,
     difference,
     folder_of,
@@ -61,14 +63,14 @@ def test_quantised_models_with_experts_are_packed(name: str) -> None:
 @pytest.mark.usefixtures("installed")
 def test_the_usual_arguments_arrive() -> None:
     result: Any = AutoModelForCausalLM.from_pretrained(
-        str(folder_of("demo")), torch_dtype=torch.bfloat16, attn_implementation="eager", output_loading_info=True
+        str(folder_of(GPTQ)), torch_dtype=torch.bfloat16, attn_implementation="eager", output_loading_info=True
     )
     model, info = result
     assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager"
     assert not info["missing_keys"] and experts_of(model)
-    config = AutoConfig.from_pretrained(folder_of("demo"))
+    config = AutoConfig.from_pretrained(folder_of(GPTQ))
     config.use_cache = False
-    again: Any = AutoModelForCausalLM.from_pretrained(folder_of("demo").parent, config=config, subfolder="model")
+    again: Any = AutoModelForCausalLM.from_pretrained(folder_of(GPTQ).parent, config=config, subfolder=GPTQ)
     assert again.config.use_cache is False and experts_of(again)
     assert isinstance(config.quantization_config, dict), "the caller's config stays as it was"
     assert config.quantization_config["quant_method"] != "quant_moelora"
@@ -136,12 +138,12 @@ def test_somebody_elses_patch_is_not_undone(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("installed")
 def test_a_pipeline_generates() -> None:
-    path = str(folder_of("demo"))
+    path = str(folder_of(GPTQ))
     generator: Any = pipeline("text-generation", model=path, dtype=torch.float32)
     assert experts_of(generator.model)
     prompt = "t69 t250 t133"
     got = generator(prompt, max_new_tokens=6, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
-    tokenizer, model = AutoTokenizer.from_pretrained(path), load("demo")
+    tokenizer, model = AutoTokenizer.from_pretrained(path), load(GPTQ)
     ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=6, do_sample=False)
     assert list(got) == ids[0].tolist()
 
@@ -149,9 +151,9 @@ def test_a_pipeline_generates() -> None:
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("adapter", [False, True])
 def test_trainer_evaluates_and_does_not_train(tmp_path: Path, adapter: bool) -> None:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder_of("demo"), dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder_of(GPTQ), dtype=torch.float32)
     if adapter:
-        model.load_adapter(str(DEMO / "adapters" / "a"), adapter_name="a")
+        model.load_adapter(str(A), adapter_name="a")
     ids = random_ids(4, 9)
     data = [{"input_ids": row, "labels": row} for row in ids]
     arguments = TrainingArguments(str(tmp_path), per_device_eval_batch_size=2, report_to=[], use_cpu=True)
@@ -170,8 +172,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="auto")
-model = PeftModel.from_pretrained(model, adapters + "/a", adapter_name="a")
-model.load_adapter(adapters + "/b", adapter_name="b")
+model = PeftModel.from_pretrained(model, a, adapter_name="a")
+model.load_adapter(b, adapter_name="b")
 inputs = tokenizer(["t69 t250 t133", "t3 t4", "t5"], return_tensors="pt", padding=True).to(model.device)
 ids = model.generate(**inputs, adapter_names=["a", "__base__", "b"], max_new_tokens=4, do_sample=False)
 model.set_adapter("b")
@@ -183,11 +185,11 @@ with torch.no_grad():
 @pytest.mark.usefixtures("installed")
 def test_a_stock_script_runs_unchanged() -> None:
     """Nothing in it is of this library; the same with its own calls gives the same."""
-    done: dict[str, Any] = {"path": str(folder_of("demo")), "adapters": str(DEMO / "adapters")}
+    done: dict[str, Any] = {"path": str(folder_of(GPTQ)), "a": str(A), "b": str(B)}
     exec(STOCK_SCRIPT, done)
-    model, inputs = load("demo", device_map="auto"), done["inputs"]
+    model, inputs = load(GPTQ, device_map="auto"), done["inputs"]
     assert experts_of(done["model"])
-    attach_adapters(model, {name: DEMO / "adapters" / name for name in "ab"})
+    attach_adapters(model, {"a": A, "b": B})
     names = ["a", "__base__", "b"]
     ids = model.generate(**inputs, adapter_names=names, max_new_tokens=4, do_sample=False)
     assert torch.equal(done["ids"], ids)

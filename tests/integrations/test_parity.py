@@ -9,7 +9,17 @@ import torch
 
 from quant_moelora.integrations.parity import dense_twin, relative_rms
 from quant_moelora.integrations.transformers import experts_of
-from tests.integrations.models import CHECKPOINTS, HONEST, ROUNDING, difference, golden_logits, load, logits, random_ids
+from tests.integrations.models import (
+    CHECKPOINTS,
+    GPTQ,
+    HONEST,
+    ROUNDING,
+    difference,
+    golden_logits,
+    load,
+    logits,
+    random_ids,
+)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -21,7 +31,7 @@ def test_the_twin_has_the_golden_logits(name: str) -> None:
     assert difference(logits(twin, ids), expected) < HONEST
 
 
-@pytest.mark.parametrize("name", ["demo", "gptq-mixtral-int4-g32-descact"])
+@pytest.mark.parametrize("name", [GPTQ, "gptq-mixtral-int4-g32-descact"])
 def test_a_model_and_its_twin_agree_to_rounding(name: str) -> None:
     model = load(name)
     assert relative_rms(model, dense_twin(model), random_ids(3, 20)) < ROUNDING
@@ -29,7 +39,7 @@ def test_a_model_and_its_twin_agree_to_rounding(name: str) -> None:
 
 @pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
 def test_one_per_cent_of_one_expert_shows(parameter: str) -> None:
-    model = load("demo")
+    model = load(GPTQ)
     twin: Any = dense_twin(model)
     ids = random_ids(4, 32)
     assert relative_rms(model, twin, ids) < ROUNDING
@@ -43,7 +53,7 @@ def test_one_per_cent_of_one_expert_shows(parameter: str) -> None:
 
 
 def test_making_a_twin_leaves_the_model_alone() -> None:
-    model = load("demo")
+    model = load(GPTQ)
     ids = random_ids(2, 9)
     before = logits(model, ids)
     twin: Any = dense_twin(model)
@@ -56,8 +66,8 @@ def test_making_a_twin_leaves_the_model_alone() -> None:
 
 def test_the_twin_of_a_bfloat16_model_has_the_same_values() -> None:
     """The experts' values are exact whatever the model computes in; the rest is what bfloat16 left of it."""
-    small: Any = dense_twin(load("demo", dtype=torch.bfloat16))
-    full: Any = dense_twin(load("demo"))
+    small: Any = dense_twin(load(GPTQ, dtype=torch.bfloat16))
+    full: Any = dense_twin(load(GPTQ))
     for name, parameter in full.named_parameters():
         other = small.get_parameter(name)
         expected = parameter if ".experts." in name else parameter.to(torch.bfloat16).to(torch.float32)

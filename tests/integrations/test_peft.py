@@ -23,6 +23,7 @@ from tests.adapters import CONFIG, WEIGHTS, attention_lora, expert_lora, fused_l
 from tests.integrations.models import (
     EFFECT,
     FUSED,
+    GPTQ,
     PROJECTIONS,
     QWEN,
     ROUNDING,
@@ -93,7 +94,7 @@ class Pair:
 @pytest.fixture
 def pair(folders: dict[str, Path]) -> Pair:
     """``a`` loaded by PeftModel.from_pretrained, and ``b`` by load_adapter."""
-    model = load("demo")
+    model = load(GPTQ)
     base, dense = logits(model, IDS), dense_twin(model)
     packed, stock = (PeftModel.from_pretrained(m, str(folders["a"]), adapter_name="a") for m in (model, dense))
     for peft_model in (packed, stock):
@@ -113,7 +114,7 @@ def test_the_first_adapter_is_active_and_others_when_they_are_set(pair: Pair) ->
 @pytest.mark.parametrize("name", ["experts", "only_experts", "attention", "router"])
 def test_every_kind_of_adapter(folders: dict[str, Path], name: str) -> None:
     """Also what PEFT converts for transformers 5, and adapters without anything that PEFT could wrap."""
-    model = load("demo")
+    model = load(GPTQ)
     pair = Pair(model, dense_twin(model), logits(model, IDS))
     pair.packed, pair.stock = (PeftModel.from_pretrained(m, str(folders[name])) for m in pair.both())
     pair.check()
@@ -133,7 +134,7 @@ def test_several_active_adapters_are_added_up(pair: Pair) -> None:
 
 
 def test_several_active_adapters_of_routers(folders: dict[str, Path]) -> None:
-    model = load("demo")
+    model = load(GPTQ)
     pair = Pair(model, dense_twin(model), logits(model, IDS))
     pair.packed, pair.stock = (PeftModel.from_pretrained(m, str(folders["router"]), "one") for m in pair.both())
     for peft_model in pair.both():
@@ -215,7 +216,7 @@ def test_weighted_adapters(pair: Pair, tmp_path: Path, folders: dict[str, Path],
     pair.stock.set_adapter("sum")
     got = pair.check()
     pair.packed.save_pretrained(str(tmp_path / "saved"), selected_adapters=["sum"])
-    again = PeftModel.from_pretrained(dense_twin(load("demo")), str(tmp_path / "saved" / "sum"))
+    again = PeftModel.from_pretrained(dense_twin(load(GPTQ)), str(tmp_path / "saved" / "sum"))
     assert difference(logits(again, IDS), got) < ROUNDING
 
 
@@ -282,30 +283,30 @@ def test_saved_adapters_are_the_loaded_ones_bit_for_bit(pair: Pair, tmp_path: Pa
         assert got.keys() == expected.keys() and all(torch.equal(got[key], expected[key]) for key in got)
         held = json.loads((saved / CONFIG).read_text(encoding="utf-8"))
         assert (held["r"], held["lora_alpha"], sorted(held["target_parameters"])) == (4, 8, sorted(FUSED))
-        again = PeftModel.from_pretrained(dense_twin(load("demo")), str(saved))
+        again = PeftModel.from_pretrained(dense_twin(load(GPTQ)), str(saved))
         pair.packed.set_adapter(name)
         assert difference(logits(again, IDS), logits(pair.packed, IDS)) < ROUNDING
 
 
 def test_stock_saves_what_is_served_here(pair: Pair, tmp_path: Path) -> None:
     pair.stock.save_pretrained(str(tmp_path / "saved"))
-    again = PeftModel.from_pretrained(load("demo"), str(tmp_path / "saved" / "b"))
+    again = PeftModel.from_pretrained(load(GPTQ), str(tmp_path / "saved" / "b"))
     pair.stock.set_adapter("b")
     assert difference(logits(again, IDS), logits(pair.stock, IDS)) < ROUNDING
 
 
 def test_a_converted_adapter_is_saved_as_pefts_own(tmp_path: Path, folders: dict[str, Path]) -> None:
     """Per-expert modules become fused parameters, in PEFT's own way, and the saved file is one of these."""
-    packed = PeftModel.from_pretrained(load("demo"), str(folders["experts"]))
+    packed = PeftModel.from_pretrained(load(GPTQ), str(folders["experts"]))
     packed.save_pretrained(str(tmp_path / "saved"))
-    again = PeftModel.from_pretrained(dense_twin(load("demo")), str(tmp_path / "saved"))
+    again = PeftModel.from_pretrained(dense_twin(load(GPTQ)), str(tmp_path / "saved"))
     assert difference(logits(again, IDS), logits(packed, IDS)) < ROUNDING
     held = adapters_of(packed)
     assert {factor.a.shape[0] for factor in held.held["default"].layers[0].values()} == {4}, "an A for each projection"
 
 
 def test_adapters_to_be_trained_are_refused(folders: dict[str, Path]) -> None:
-    model = load("demo")
+    model = load(GPTQ)
     with pytest.raises(UnsupportedError, match="an adapter to be trained"):
         get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(UnsupportedError, match="an adapter to be trained"):
@@ -321,10 +322,10 @@ def test_per_expert_lora_of_some_experts_is_no_other_rank(tmp_path: Path, missin
     folder = write_adapter(tmp_path / "x", expert_lora(QWEN, PROJECTIONS, experts=kept), target_modules=["gate_proj"])
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | {"target_modules": list(PROJECTIONS.values())}
     (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-    model = load("demo")
+    model = load(GPTQ)
     with pytest.raises(AdapterError, match="experts"):
         PeftModel.from_pretrained(model, str(folder))
-    attach_adapters(load("demo"), {"x": folder})
+    attach_adapters(load(GPTQ), {"x": folder})
 
 
 def test_an_adapter_that_does_not_fit_is_not_left_half_there(pair: Pair, tmp_path: Path) -> None:
@@ -339,7 +340,7 @@ def test_an_adapter_that_does_not_fit_is_not_left_half_there(pair: Pair, tmp_pat
 @pytest.mark.filterwarnings("ignore:target_parameters=.* were set but no parameter was matched")
 def test_stock_tuner_does_not_leave_experts_out_in_silence(folders: dict[str, Path]) -> None:
     """Without our entry in its table, PEFT would load attention alone."""
-    model = load("demo")
+    model = load(GPTQ)
     ours.unregister()
     try:
         with pytest.raises(AdapterError, match=r"LoRA of experts.*quant_moelora.install\(\)"):
@@ -350,7 +351,7 @@ def test_stock_tuner_does_not_leave_experts_out_in_silence(folders: dict[str, Pa
 
 def test_other_models_get_pefts_own_tuner() -> None:
     assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] is ours.MoELoraModel
-    twin = dense_twin(load("demo"))
+    twin = dense_twin(load(GPTQ))
     wrapped: Any = get_peft_model(twin, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     assert type(wrapped.base_model) is LoraModel
 
@@ -373,7 +374,7 @@ def test_a_tuner_of_somebody_else_stays() -> None:
 
 
 def test_methods_of_the_model(folders: dict[str, Path]) -> None:
-    model = load("demo")
+    model = load(GPTQ)
     pair = Pair(model, dense_twin(model), logits(model, IDS))
     for each in pair.both():
         each.load_adapter(str(folders["a"]), adapter_name="a")
@@ -406,7 +407,7 @@ def test_methods_of_the_model(folders: dict[str, Path]) -> None:
 
 
 def test_load_adapter_of_the_model_takes_tensors(folders: dict[str, Path]) -> None:
-    model, other = load("demo"), load("demo")
+    model, other = load(GPTQ), load(GPTQ)
     tensors = load_file(folders["a"] / WEIGHTS)
     config = LoraConfig.from_pretrained(str(folders["a"]))
     model.load_adapter(peft_config=config, adapter_state_dict=tensors)
@@ -420,7 +421,7 @@ def test_load_adapter_of_the_model_takes_tensors(folders: dict[str, Path]) -> No
 
 
 def test_attached_adapters_are_not_active_until_they_are_set(folders: dict[str, Path]) -> None:
-    model = load("demo")
+    model = load(GPTQ)
     base = logits(model, IDS)
     attach_adapters(model, {name: folders[name] for name in "ab"})
     assert torch.equal(logits(model, IDS), base)
@@ -433,7 +434,7 @@ def test_attached_adapters_are_not_active_until_they_are_set(folders: dict[str, 
 
 def test_active_adapters_in_a_bank_of_fixed_size(folders: dict[str, Path]) -> None:
     """The sum takes a slot and its rank; without room for it nothing changes."""
-    model, free = load("demo"), load("demo")
+    model, free = load(GPTQ), load(GPTQ)
     attach_adapters(model, {}, max_adapters=3, max_rank=8)
     for each in (model, free):
         each.load_adapter(str(folders["a"]), adapter_name="a")
@@ -448,7 +449,7 @@ def test_active_adapters_in_a_bank_of_fixed_size(folders: dict[str, Path]) -> No
 
 
 def test_a_sum_that_does_not_fit_leaves_the_one_before(folders: dict[str, Path], tmp_path: Path) -> None:
-    model = load("demo")
+    model = load(GPTQ)
     attach_adapters(model, {}, max_adapters=4, max_rank=8)
     wide = write_adapter(tmp_path / "wide", fused_lora(QWEN, rank=6, seed=4), r=6, target_parameters=FUSED)
     attach_adapters(model, {"a": folders["a"], "b": folders["b"], "wide": wide})

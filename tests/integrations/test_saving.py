@@ -21,7 +21,8 @@ from quant_moelora.integrations.transformers import experts_of, from_pretrained
 from quant_moelora.loaders.checkpoint import Checkpoint
 from tests.builders import same_bits
 from tests.integrations.models import (
-    DEMO,
+    FOLDERS,
+    GPTQ,
     EFFECT,
     HONEST,
     ROUNDING,
@@ -65,8 +66,8 @@ def test_unquantised_families(tmp_path: Path, model_type: str) -> None:
 
 
 def test_saving_is_that_of_a_converted_checkpoint(tmp_path: Path) -> None:
-    load("demo", dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
-    convert(folder_of("demo"), tmp_path / "converted")
+    load(GPTQ, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    convert(folder_of(GPTQ), tmp_path / "converted")
     ours, theirs = (Checkpoint(tmp_path / name) for name in ("saved", "converted"))
     assert list(ours.metadata.values()) == list(theirs.metadata.values())
     assert ours.headers.keys() == theirs.headers.keys()
@@ -75,9 +76,9 @@ def test_saving_is_that_of_a_converted_checkpoint(tmp_path: Path) -> None:
 
 def test_adapters_are_not_saved_with_the_base(tmp_path: Path) -> None:
     """PEFT's layers stand around those of attention, while adapters are attached and after."""
-    model, expected = load("demo"), load("demo")
+    model, expected = load(GPTQ), load(GPTQ)
     attention = attention_adapter(tmp_path / "attention")
-    attach_adapters(model, {"a": DEMO / "adapters" / "a", "attention": attention})
+    attach_adapters(model, {"a": FOLDERS["a"], "attention": attention})
     assert any("base_layer" in key for key in model.state_dict())
     for name, detached in (("attached", ()), ("detached", ("a", "attention"))):
         detach_adapters(model, detached)
@@ -86,7 +87,7 @@ def test_adapters_are_not_saved_with_the_base(tmp_path: Path) -> None:
         assert not any("lora" in key or "base_layer" in key for key in keys(tmp_path / name))
         assert_same_model(loaded, expected)
     ids = random_ids(2, 9)
-    attach_adapters(loaded, {"a": DEMO / "adapters" / "a"})
+    attach_adapters(loaded, {"a": FOLDERS["a"]})
     assert difference(logits(loaded, ids, ["a"] * 2), logits(expected, ids)) > EFFECT
 
 
@@ -104,7 +105,7 @@ def stock(model: Any, folder: Path) -> Any:
     return loaded
 
 
-@pytest.mark.parametrize("name", ["demo", ACT_ORDER, "base-mixtral-h128-i128"])
+@pytest.mark.parametrize("name", [GPTQ, ACT_ORDER, "base-mixtral-h128-i128"])
 def test_a_dequantised_model_is_stock(tmp_path: Path, name: str) -> None:
     ids, expected = golden_logits(name)
     model = load(name)
@@ -138,7 +139,7 @@ def test_families_are_stock_again(tmp_path: Path, model_type: str) -> None:
 
 def test_dequantize_of_transformers_is_in_place(tmp_path: Path) -> None:
     """The object that the caller holds becomes stock, as with transformers' own quantizers."""
-    model, ids = load("demo"), random_ids(3, 9)
+    model, ids = load(GPTQ), random_ids(3, 9)
     twin = dense_twin(model)
     assert model.dequantize() is model
     assert not experts_of(model) and not hasattr(model.config, "quantization_config") and not model.is_quantized
@@ -151,7 +152,7 @@ def test_dequantize_of_transformers_is_in_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float16"])
 def test_another_dtype(dtype: Any, in_place: bool) -> None:
     """The exact values, rounded once; everything else that was in the model's dtype too."""
-    model = load("demo")
+    model = load(GPTQ)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     exact = dict(dense_twin(model).named_parameters())
     dense: Any = model.dequantize(dtype) if in_place else qm.dequantize(model, dtype)
@@ -163,7 +164,7 @@ def test_another_dtype(dtype: Any, in_place: bool) -> None:
 
 def test_experts_are_of_the_models_dtype_after_it_was_saved(tmp_path: Path) -> None:
     """transformers leaves its config with the dtype as text."""
-    model = load("demo", dtype=torch.bfloat16)
+    model = load(GPTQ, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     assert isinstance(model.config.dtype, str)
     assert {parameter.dtype for parameter in model.dequantize().parameters()} == {torch.bfloat16}
@@ -171,8 +172,8 @@ def test_experts_are_of_the_models_dtype_after_it_was_saved(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_adapters_are_not_left_out_silently(in_place: bool) -> None:
-    model = load("demo")
-    attach_adapters(model, {"a": DEMO / "adapters" / "a"})
+    model = load(GPTQ)
+    attach_adapters(model, {"a": FOLDERS["a"]})
     with pytest.raises(AdapterError, match="adapters a attached"):
         model.dequantize() if in_place else qm.dequantize(model)
     detach_adapters(model, ["a"])
@@ -183,4 +184,4 @@ def test_adapters_are_not_left_out_silently(in_place: bool) -> None:
 
 def test_a_model_without_packed_experts() -> None:
     with pytest.raises(UnsupportedError, match="no experts of this library"):
-        qm.dequantize(dense_twin(load("demo")))
+        qm.dequantize(dense_twin(load(GPTQ)))

@@ -33,6 +33,7 @@ from tests.integrations.models import (
     ACCEPTED,
     BASES,
     CHECKPOINTS,
+    GPTQ,
     HONEST,
     ROUNDING,
     copy_checkpoint,
@@ -48,7 +49,7 @@ from tests.integrations.models import (
 
 # Every op rounds to bfloat16, by 2**-9 at most, and some 60 of them follow one another; their errors are independent.
 BF16_NOISE = 2**-9 * 60**0.5
-GPTQ = "gptq_v2-qwen3moe-int4-g32-asym"
+GPTQ_V2 = "gptq_v2-qwen3moe-int4-g32-asym"
 CT = "ct-qwen3moe-w4a16-g32-asym-rtn"
 AWQ = "awq-qwen3moe-int4-g128"
 EXPERT = "model.layers.1.mlp.experts.5.down_proj"
@@ -94,7 +95,7 @@ def test_bfloat16(name: str, device: torch.device) -> None:
     assert difference(got, expected) < BF16_NOISE
 
 
-@pytest.mark.parametrize("name", ["demo", "gptq-mixtral-int4-g32-descact", AWQ])
+@pytest.mark.parametrize("name", [GPTQ, "gptq-mixtral-int4-g32-descact", AWQ])
 def test_scales_of_another_dtype_than_the_models_are_kept(name: str) -> None:
     """float16 scales in a bfloat16 model: a cast would lose three bits of each."""
     model = load(name, dtype=torch.bfloat16)
@@ -111,14 +112,14 @@ def test_scales_of_another_dtype_than_the_models_are_kept(name: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "auto", torch.float16])
 def test_ways_to_say_a_dtype(dtype: torch.dtype | str) -> None:
     expected = {"float32": torch.float32, "auto": torch.bfloat16}.get(str(dtype), torch.float16)
-    model: Any = from_pretrained(folder_of("demo"), dtype=dtype)
+    model: Any = from_pretrained(folder_of(GPTQ), dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
 
 
 def test_a_path_may_be_a_string() -> None:
-    ids, expected = golden_logits("demo")
-    assert difference(logits(load("demo"), ids), expected) < HONEST
-    model = from_pretrained(str(folder_of("demo")), dtype=torch.float32, device_map="cpu", backend="reference")
+    ids, expected = golden_logits(GPTQ)
+    assert difference(logits(load(GPTQ), ids), expected) < HONEST
+    model = from_pretrained(str(folder_of(GPTQ)), dtype=torch.float32, device_map="cpu", backend="reference")
     assert difference(logits(model, ids), expected) < HONEST
 
 
@@ -143,7 +144,7 @@ def awq_by_definition(held: Tensors) -> Tensor:
     return ((codes - zeros).float() * held["scales"].float()[groups]).T
 
 
-@pytest.mark.parametrize(("name", "definition"), [(GPTQ, gptq_v2_by_definition), (AWQ, awq_by_definition)])
+@pytest.mark.parametrize(("name", "definition"), [(GPTQ_V2, gptq_v2_by_definition), (AWQ, awq_by_definition)])
 def test_quantised_attention_is_dequantised_by_its_definition(name: str, definition: Any) -> None:
     from safetensors.torch import load_file
 
@@ -183,13 +184,13 @@ def test_transformers_reports_nothing(caplog: pytest.LogCaptureFixture, capsys: 
 
 def test_tensors_of_nothing_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     extra = {"model.layers.0.mystery.weight": torch.zeros(3)}
-    load(copy_checkpoint("demo", tmp_path / "m", tensors=lambda tensors: tensors | extra))
+    load(copy_checkpoint(GPTQ, tmp_path / "m", tensors=lambda tensors: tensors | extra))
     assert any("model.layers.0.mystery.weight" in record.getMessage() for record in caplog.records)
 
 
 def test_generate_decodes_what_a_forward_computes(device: torch.device) -> None:
     """Prefill and decode through the cache give the logits of one forward over the whole sequence."""
-    for name in ("demo", "gptq-mixtral-int4-g32-descact"):
+    for name in (GPTQ, "gptq-mixtral-int4-g32-descact"):
         model = load(name, device_map=device)
         prompts = random_ids(2, 7)
         made = generate(model, list(prompts), new=6)
@@ -211,13 +212,13 @@ def misshapen(key: str) -> Any:
 
 BROKEN: dict[str, tuple[str, Any, type[QuantMoELoRAError], str]] = {
     "expert tensor missing": (
-        GPTQ,
+        GPTQ_V2,
         without(f"{EXPERT}.qweight"),
         QuantMoELoRAError,
         r"experts\.5\.down_proj",
     ),
     "expert missing": (
-        GPTQ,
+        GPTQ_V2,
         without(*(f"{EXPERT}.{suffix}" for suffix in ("qweight", "qzeros", "scales", "g_idx"))),
         MissingTensorError,
         r"down projection of expert 5 in layer 1.*1 of 24 projections missing",
@@ -228,7 +229,7 @@ BROKEN: dict[str, tuple[str, Any, type[QuantMoELoRAError], str]] = {
         MissingTensorError,
         r"down projection of expert 5 in layer 1",
     ),
-    "expert misshapen": (GPTQ, misshapen(f"{EXPERT}.qweight"), FormatError, r"\[11, 128\].*experts\.5\.down_proj"),
+    "expert misshapen": (GPTQ_V2, misshapen(f"{EXPERT}.qweight"), FormatError, r"\[11, 128\].*experts\.5\.down_proj"),
     "scales misshapen": (CT, misshapen(f"{EXPERT}.weight_scale"), FormatError, r"weight_scale.*experts\.5\.down_proj"),
     "unknown format": (
         CT,
@@ -242,7 +243,7 @@ BROKEN: dict[str, tuple[str, Any, type[QuantMoELoRAError], str]] = {
         MissingTensorError,
         r"1 missing keys .*model\.norm\.weight",
     ),
-    "router missing": (GPTQ, without("model.layers.1.mlp.gate.weight"), MissingTensorError, r"layers\.1\.mlp\.gate"),
+    "router missing": (GPTQ_V2, without("model.layers.1.mlp.gate.weight"), MissingTensorError, r"layers\.1\.mlp\.gate"),
     "renamed router missing": (
         "ct-mixtral-w4a16-g128-sym-rtn",
         without("model.layers.1.block_sparse_moe.gate.weight"),
@@ -256,20 +257,20 @@ BROKEN: dict[str, tuple[str, Any, type[QuantMoELoRAError], str]] = {
         r"2 missing keys .*lm_head\.weight, model\.layers\.0\.self_attn\.q_proj\.weight",
     ),
     "quantised attention missing": (
-        GPTQ,
+        GPTQ_V2,
         without(*(f"model.layers.0.self_attn.q_proj.{suffix}" for suffix in ("qweight", "qzeros", "scales", "g_idx"))),
         MissingTensorError,
         r"model\.layers\.0\.self_attn\.q_proj\.weight",
     ),
     "quantised attention incomplete": (
-        GPTQ,
+        GPTQ_V2,
         without("model.layers.0.self_attn.q_proj.scales"),
         QuantMoELoRAError,
         r"model\.layers\.0\.self_attn\.q_proj",
     ),
     # It would route to seven experts.
-    "router misshapen": (GPTQ, misshapen("model.layers.1.mlp.gate.weight"), FormatError, r"layers\.1\.mlp\.gate"),
-    "norm misshapen": (GPTQ, misshapen("model.norm.weight"), FormatError, r"model\.norm\.weight"),
+    "router misshapen": (GPTQ_V2, misshapen("model.layers.1.mlp.gate.weight"), FormatError, r"layers\.1\.mlp\.gate"),
+    "norm misshapen": (GPTQ_V2, misshapen("model.norm.weight"), FormatError, r"model\.norm\.weight"),
 }
 
 
@@ -286,13 +287,13 @@ def test_another_number_of_experts_than_config_says(tmp_path: Path, experts: int
     def edit(config: dict[str, Any]) -> None:
         config["num_local_experts"] = config["num_experts"] = experts
 
-    folder = copy_checkpoint("demo", tmp_path / "m", config=edit)
+    folder = copy_checkpoint(GPTQ, tmp_path / "m", config=edit)
     with pytest.raises(FormatError, match=r"experts? .*config\.json"):
         load(folder)
 
 
 def test_truncated_file(tmp_path: Path) -> None:
-    folder = copy_checkpoint("demo", tmp_path / "m")
+    folder = copy_checkpoint(GPTQ, tmp_path / "m")
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(FormatError, match=r"model\.safetensors .*whole safetensors file; download it again"):
@@ -314,7 +315,7 @@ def test_a_model_without_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device_map", [{"model": "cpu", "lm_head": "meta"}, {"": "disk"}, "nowhere"])
 def test_device_maps_of_several_devices_or_none(device_map: Any) -> None:
     with pytest.raises(UnsupportedError, match=r"device_map: got .*one device: .*; name the device"):
-        load("demo", device_map=device_map)
+        load(GPTQ, device_map=device_map)
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2])
@@ -327,13 +328,13 @@ def test_strategies_of_accelerate(monkeypatch: pytest.MonkeyPatch, gpus: int) ->
             assert transformers_module._single_device(strategy) == {"": expected}
             continue
         with pytest.raises(UnsupportedError, match=f"device_map: got '{strategy}' and 2 GPUs.*CUDA_VISIBLE_DEVICES"):
-            load("demo", device_map=strategy)
+            load(GPTQ, device_map=strategy)
 
 
 @pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu"), {"": "cpu"}, None, "auto"])
 def test_device_maps_of_one_device(device_map: Any) -> None:
-    ids, expected = golden_logits("demo")
-    assert difference(logits(load("demo", device_map=device_map), ids), expected) < HONEST
+    ids, expected = golden_logits(GPTQ)
+    assert difference(logits(load(GPTQ, device_map=device_map), ids), expected) < HONEST
 
 
 def hub_cache(root: Path, repository: str, folder: Path, subfolder: str = "") -> str:
@@ -349,8 +350,8 @@ def hub_cache(root: Path, repository: str, folder: Path, subfolder: str = "") ->
 
 def test_a_repository_of_the_hub_from_its_cache(tmp_path: Path) -> None:
     """Offline, as all tests run: HF_HUB_OFFLINE is set, and ``local_files_only`` says the same."""
-    commit = hub_cache(tmp_path, "somebody/some-moe", folder_of("demo"))
-    ids, expected = golden_logits("demo")
+    commit = hub_cache(tmp_path, "somebody/some-moe", folder_of(GPTQ))
+    ids, expected = golden_logits(GPTQ)
     ways: list[dict[str, Any]] = [
         {},
         {"revision": "v1"},
@@ -366,11 +367,11 @@ def test_a_repository_of_the_hub_from_its_cache(tmp_path: Path) -> None:
 
 
 def test_a_subfolder(tmp_path: Path) -> None:
-    hub_cache(tmp_path, "somebody/some-moe", folder_of("demo"), "int4/g32")
-    ids, expected = golden_logits("demo")
+    hub_cache(tmp_path, "somebody/some-moe", folder_of(GPTQ), "int4/g32")
+    ids, expected = golden_logits(GPTQ)
     model = from_pretrained("somebody/some-moe", cache_dir=tmp_path, subfolder="int4/g32", dtype=torch.float32)
     assert difference(logits(model, ids), expected) < HONEST
-    model = from_pretrained(folder_of("demo").parent, subfolder="model", dtype=torch.float32)
+    model = from_pretrained(folder_of(GPTQ).parent, subfolder=GPTQ, dtype=torch.float32)
     assert difference(logits(model, ids), expected) < HONEST
     with pytest.raises(FormatError, match=r"subfolder of .*: got 'int8', expected a folder in it"):
         from_pretrained("somebody/some-moe", cache_dir=tmp_path, subfolder="int8")
@@ -382,31 +383,31 @@ def test_what_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def snapshot_download(repository: str, **arguments: Any) -> str:
         asked.update(arguments, repository=repository)
-        return str(folder_of("demo").parent)
+        return str(folder_of(GPTQ).parent)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     hub: dict[str, Any] = {"revision": "v1", "token": "secret", "cache_dir": tmp_path, "local_files_only": True}
-    from_pretrained("somebody/some-moe", subfolder="model", **hub)
+    from_pretrained("somebody/some-moe", subfolder=GPTQ, **hub)
     assert asked.items() >= {**hub, "repository": "somebody/some-moe"}.items()
     wanted = filter_repo_objects(
-        [f"model/{name}" for name in ("config.json", "a.safetensors", "consolidated.safetensors", "x.bin")]
+        [f"{GPTQ}/{name}" for name in ("config.json", "a.safetensors", "consolidated.safetensors", "x.bin")]
         + ["config.json", "other/a.safetensors"],
         allow_patterns=asked["allow_patterns"],
         ignore_patterns=asked["ignore_patterns"],
     )
-    assert set(wanted) == {"model/config.json", "model/a.safetensors"}
+    assert set(wanted) == {f"{GPTQ}/config.json", f"{GPTQ}/a.safetensors"}
 
 
 def test_unknown_backend() -> None:
     with pytest.raises(
         BackendError, match=r"backend: got 'merlin', expected auto or one of marlin, unquantized, cpu, reference;"
     ):
-        load("demo", backend="merlin")
+        load(GPTQ, backend="merlin")
 
 
 def test_a_dtype_that_no_backend_serves() -> None:
     with pytest.raises(BackendError, match=r"float64"):
-        load("demo", dtype=torch.float64)
+        load(GPTQ, dtype=torch.float64)
 
 
 def test_no_such_checkpoint(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from quant_moelora.integrations import verify as module
 from quant_moelora.integrations.verify import PARITY_BOUND, verify
 from quant_moelora.loaders.experts import load_experts
 from tests.adapters import Tensors
-from tests.integrations.models import CHECKPOINTS, QUANTIZED, ROUNDING, copy_checkpoint, folder_of, without
+from tests.integrations.models import CHECKPOINTS, GPTQ, QUANTIZED, ROUNDING, copy_checkpoint, folder_of, without
 
 QWEN_BASE, MIXTRAL_BASE = "base-qwen3moe-h128-i96", "base-mixtral-h128-i128"
 CT_QWEN, CT_MIXTRAL = "ct-qwen3moe-w4a16-g32-asym-rtn", "ct-mixtral-w4a16-g128-sym-rtn"
@@ -130,7 +130,7 @@ def test_scales_that_are_not_numbers(tmp_path: Path) -> None:
         return tensors
 
     with pytest.raises(FormatError, match=rf"scales of {UP}"):
-        verify(copy_checkpoint("demo", tmp_path / "m", tensors=edit))
+        verify(copy_checkpoint(GPTQ, tmp_path / "m", tensors=edit))
 
 
 def test_values_beyond_float32(tmp_path: Path) -> None:
@@ -149,9 +149,9 @@ def test_values_beyond_float32(tmp_path: Path) -> None:
 def test_a_missing_tensor(tmp_path: Path) -> None:
     edit = without(*(f"{UP}.{suffix}" for suffix in ("qweight", "qzeros", "scales", "g_idx")))
     with pytest.raises(MissingTensorError, match="up projection of expert 6 in layer 1"):
-        verify(copy_checkpoint("demo", tmp_path / "m", tensors=edit))
+        verify(copy_checkpoint(GPTQ, tmp_path / "m", tensors=edit))
     with pytest.raises(MissingTensorError, match=r"model\.norm\.weight"):
-        verify(copy_checkpoint("demo", tmp_path / "n", tensors=without("model.norm.weight")))
+        verify(copy_checkpoint(GPTQ, tmp_path / "n", tensors=without("model.norm.weight")))
 
 
 def test_logits_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_logits_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
 
     twin_of = module.dense_twin
     monkeypatch.setattr(module, "dense_twin", wrong_twin)
-    found = verify(folder_of("demo"))
+    found = verify(folder_of(GPTQ))
     assert not found.ok and found.parity > PARITY_BOUND
     assert not dataclasses.replace(found, parity=float("nan")).ok
 
@@ -179,7 +179,7 @@ def test_what_the_backend_loses_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
         return dataclasses.replace(made(self, info, dtype, tuned_configs), lossy="3 scales rounded")
 
     monkeypatch.setattr(CpuBackend, "prepare", prepare)
-    found = verify(folder_of("demo"))
+    found = verify(folder_of(GPTQ))
     assert found.ok and found.dtype == "bfloat16"
     assert asked[:2] == [torch.bfloat16] * 2
     assert [layer.lossy for layer in found.backends] == ["3 scales rounded"] * 2

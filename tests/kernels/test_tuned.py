@@ -27,7 +27,7 @@ from quant_moelora.layer import MoEExperts
 from tests.builders import layer, scheme
 
 HOPPER, ADA, GPU, OTHER = (9, 0), (8, 9), "NVIDIA H200", "NVIDIA L40S"
-DEMO = Path(__file__).parents[2] / "quant_moelora" / "data" / "demo" / "model"
+MODEL = Path(__file__).parents[1] / "golden" / "checkpoints" / "gptq-qwen3moe-int4-g32-asym"
 SHAPES = {
     (experts, hidden, inter, bits, group, symmetric, dtype): LayerShape.of(
         blank_info(experts, hidden, inter, QuantScheme(bits, group, symmetric, torch.bfloat16)), dtype
@@ -284,7 +284,7 @@ def test_no_such_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     missing = tmp_path / "missing"
     for refused in (
         lambda: MoEExperts(info, tuned_configs=missing),
-        lambda: from_pretrained(DEMO, tuned_configs=missing),
+        lambda: from_pretrained(MODEL, tuned_configs=missing),
     ):
         with pytest.raises(FormatError, match=r"tuned_configs: got .*missing"):
             refused()
@@ -296,7 +296,7 @@ def test_no_such_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_folder_reaches_every_layer(tmp_path: Path) -> None:
     from quant_moelora.integrations.transformers import experts_of
 
-    model = from_pretrained(DEMO, tuned_configs=tmp_path)
+    model = from_pretrained(MODEL, tuned_configs=tmp_path)
     layers = [experts.moe for experts in experts_of(model).values()]
     assert layers and all(moe is not None and moe.tuned_configs == str(tmp_path) for moe in layers)
 

@@ -9,7 +9,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-import quant_moelora
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.weights import DenseWeight, PackedWeight
 from quant_moelora.loaders.checkpoint import Checkpoint
@@ -18,7 +17,6 @@ from quant_moelora.loaders.families import build_skeleton, find_experts
 from quant_moelora.loaders.layer_format import describe_layers
 from quant_moelora.loaders.linears import describe_linears
 
-DEMO = "demo"
 LAYERS = {"awq-qwen3moe-int4-g128": (0,)}
 TWO_LAYERS = (0, 1)
 SCHEMES = {
@@ -28,7 +26,7 @@ SCHEMES = {
     "ct-qwen3moe-w4a16-g32-asym-rtn": "w4a16_g32_asym",
     "gptq-mixtral-int4-g32-descact": "w4a16_g32_sym",
     "gptq_v2-qwen3moe-int4-g32-asym": "w4a16_g32_asym",
-    DEMO: "w4a16_g32_asym",
+    "gptq-qwen3moe-int4-g32-asym": "w4a16_g32_asym",
 }
 DENSE = {
     "base-mixtral-h128-i128": ("block_sparse_moe", ("w1", "w3", "w2")),
@@ -41,16 +39,9 @@ QUANTIZED_ATTENTION = {
     "ct-old-mixtral-w4a16-g32-actorder-group",
     "gptq-mixtral-int4-g32-descact",
     "gptq_v2-qwen3moe-int4-g32-asym",
-    DEMO,
+    "gptq-qwen3moe-int4-g32-asym",
 }
 NAMES = (*SCHEMES, *DENSE)
-
-
-def folders(golden: Path, name: str) -> tuple[Path, Path]:
-    """Of a checkpoint and of its references."""
-    if name == DEMO:
-        return Path(quant_moelora.__file__).parent / "data/demo/model", golden / "demo"
-    return golden / "checkpoints" / name, golden / "checkpoints" / name
 
 
 def sha256(weight: Tensor) -> str:
@@ -58,13 +49,13 @@ def sha256(weight: Tensor) -> str:
 
 
 def test_every_golden_checkpoint_is_tested(golden: Path) -> None:
-    assert {path.name for path in (golden / "checkpoints").iterdir()} == set(NAMES) - {DEMO}
+    assert {path.name for path in (golden / "checkpoints").iterdir()} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_weights_are_those_of_the_tool(golden: Path, name: str) -> None:
-    folder, reference = folders(golden, name)
-    expected = json.loads((reference / "reference_sha256.json").read_text())
+    folder = golden / "checkpoints" / name
+    expected = json.loads((folder / "reference_sha256.json").read_text())
     found: dict[str, str] = {}
     for number in LAYERS.get(name, TWO_LAYERS):
         info = load_experts(folder, number)
@@ -90,7 +81,7 @@ def check_act_order(info: MoEQuantInfo, *, expected: bool) -> None:
 
 @pytest.mark.parametrize("name", DENSE)
 def test_unquantised_weights_are_the_stored_values(golden: Path, name: str) -> None:
-    folder, _ = folders(golden, name)
+    folder = golden / "checkpoints" / name
     block, names = DENSE[name]
     for number in TWO_LAYERS:
         info = load_experts(folder, number)
@@ -108,7 +99,7 @@ def test_unquantised_weights_are_the_stored_values(golden: Path, name: str) -> N
 
 @pytest.mark.parametrize("name", NAMES)
 def test_meta_info_has_the_shapes_of_the_loaded_info(golden: Path, name: str) -> None:
-    checkpoint = Checkpoint(folders(golden, name)[0])
+    checkpoint = Checkpoint(golden / "checkpoints" / name)
     skeleton = build_skeleton(checkpoint)
     for layer in describe_layers(checkpoint, find_experts(skeleton), skeleton):
         meta, loaded = layer.meta_info(), load_layer(checkpoint, layer, "cpu")
@@ -129,7 +120,7 @@ def test_meta_info_has_the_shapes_of_the_loaded_info(golden: Path, name: str) ->
 
 @pytest.mark.parametrize("name", NAMES)
 def test_quantised_linears_are_found(golden: Path, name: str) -> None:
-    checkpoint = Checkpoint(folders(golden, name)[0])
+    checkpoint = Checkpoint(golden / "checkpoints" / name)
     found = describe_linears(checkpoint, build_skeleton(checkpoint))
     expected = {
         f"model.layers.{number}.self_attn.{projection}_proj"

@@ -23,7 +23,8 @@ from tests.adapters import CONFIG, PREFIX, WEIGHTS, Dims, Tensors, attention_lor
 from tests.adapters import write_adapter as write
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-DEMO = Path(__file__).parents[2] / "quant_moelora" / "data" / "demo" / "adapters"
+FUSED_RSLORA = GOLDEN / "adapters" / "lora-tp-rslora-qwen3moe-r8"
+MODULES = GOLDEN / "adapters" / "lora-mod-qwen3moe-r4"
 BASES = {"qwen3_moe": "base-qwen3moe-h128-i96", "mixtral": "base-mixtral-h128-i128"}
 DIMS = Dims(experts=3, hidden=8, inter=5)
 NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -68,7 +69,7 @@ GOLDENS = {
     GOLDEN / "adapters" / "lora-tp-mixtral-r4": "mixtral",
     GOLDEN / "adapters" / "lora-tp-qwen3moe-r8": "qwen3_moe",
     GOLDEN / "adapters" / "lora-tp-peft018-qwen3moe-r8": "qwen3_moe",
-    DEMO / "a": "qwen3_moe",
+    FUSED_RSLORA: "qwen3_moe",
 }
 
 
@@ -94,7 +95,7 @@ def test_fused_to_per_expert_and_back(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "model_type"),
-    [(GOLDEN / "adapters" / "lora-mod-mixtral-rankpattern", "mixtral"), (DEMO / "b", "qwen3_moe")],
+    [(GOLDEN / "adapters" / "lora-mod-mixtral-rankpattern", "mixtral"), (MODULES, "qwen3_moe")],
 )
 def test_per_expert_is_written_as_it_was_read(source: Path, model_type: str, tmp_path: Path) -> None:
     specs = specs_of(model_type)
@@ -297,9 +298,9 @@ def test_stock_peft_has_the_golden_logits(name: str, tmp_path: Path) -> None:
 def test_stock_peft_converts_the_per_expert_form_to_the_fused_one(tmp_path: Path) -> None:
     """Its own conversion and ours give one model, for gate and up with an A each."""
     specs, ids = specs_of("qwen3_moe"), torch.arange(3, 35).view(2, 16)
-    export(load_adapter(DEMO / "b", specs), tmp_path / "fused", "fused", specs)
-    export(load_adapter(DEMO / "b", specs), tmp_path / "apart", "per_expert", specs)
-    expected = stock_logits(DEMO / "b", ids)
+    export(load_adapter(MODULES, specs), tmp_path / "fused", "fused", specs)
+    export(load_adapter(MODULES, specs), tmp_path / "apart", "per_expert", specs)
+    expected = stock_logits(MODULES, ids)
     for form in ("fused", "apart"):
         got = stock_logits(tmp_path / form, ids)
         assert float((got - expected).norm() / expected.norm()) < 1e-5  # two orders of float32 sums
