@@ -91,6 +91,8 @@ def continuous_batching(
     model: Any,
     generation_config: GenerationConfig | None = None,
     config: ContinuousBatchingConfig | None = None,
+    *,
+    per_request: bool = False,
 ) -> Generator[AdapterRequests]:
     """Run transformers' continuous batching while the context lasts, with an adapter for each request.
 
@@ -102,6 +104,8 @@ def continuous_batching(
         model: a model of `from_pretrained`, with ``sdpa`` or flash attention.
         generation_config: of all requests; the model's own if there is none.
         config: size of the cache and of batches.
+        per_request: whether a request may have its own ``temperature``, ``top_k`` and ``top_p``, of those that
+            ``generation_config`` sets.
 
     Raises:
         UnsupportedError: the model is not one of `from_pretrained`; or ``config`` asks for CUDA graphs, compilation or
@@ -110,6 +114,7 @@ def continuous_batching(
     session = adapters_of(model).session
     config = copy.copy(config or ContinuousBatchingConfig())
     _check(config, generation_config or model.generation_config)
+    config.per_request_processors = per_request or config.per_request_processors
     config.use_cuda_graph = config.use_async_batching = config.allow_block_sharing = False
     manager = model.init_continuous_batching(generation_config=generation_config, continuous_batching_config=config)
     requests = AdapterRequests(manager, session)
