@@ -37,7 +37,7 @@ class Server:
 
     def ask(self, questions: Callable[[Post], Awaitable[Any]]) -> Any:
         """What ``questions`` returns, which gets a function that posts."""
-        config = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64, auto_switch_to_flash=False)
+        config = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
 
         async def run() -> Any:
             engine = Engine(self.model, self.tokenizer, "demo", requests)

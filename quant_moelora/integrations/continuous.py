@@ -12,6 +12,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -109,9 +110,18 @@ def continuous_batching(
 
     Raises:
         UnsupportedError: the model is not one of `from_pretrained`; or ``config`` asks for CUDA graphs, compilation or
-            asynchronous batches, or ``generation_config`` for several sequences a request.
+            asynchronous batches, or ``generation_config`` for several sequences a request; or an adapter is on the
+            output embeddings.
     """
     session = adapters_of(model).session
+    head: Any = model.get_output_embeddings()
+    if isinstance(head, LoraLayer) and head.lora_A:
+        raise UnsupportedError(
+            "continuous batching with adapters",
+            got=f"{', '.join(head.lora_A)} on the output embeddings",
+            rule="adapters of other layers, since transformers computes logits of some tokens only",
+            remedy="detach the adapter, or use generate",
+        )
     config = copy.copy(config or ContinuousBatchingConfig())
     _check(config, generation_config or model.generation_config)
     config.per_request_processors = per_request or config.per_request_processors

@@ -20,7 +20,7 @@ from tests.integrations.models import FUSED, QWEN, generate, load, random_ids
 NEW = 5
 GREEDY = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
 # Room for few tokens, so that prompts are cut and requests wait for others to end.
-SMALL: dict[str, Any] = {"num_blocks": 24, "max_batch_tokens": 12, "auto_switch_to_flash": False}
+SMALL: dict[str, Any] = {"num_blocks": 24, "max_batch_tokens": 12}
 NAMES = ["a", BASE_NAME, "b", "a", "b", BASE_NAME]
 PROMPT = random_ids(1, 9)[0]
 
@@ -77,6 +77,17 @@ def test_unknown_names_leave_the_others_alone(model: Any) -> None:
         assert len(finished(requests, ids)[ids[0]]) == NEW
     with pytest.raises(UnsupportedError, match="takes no more requests"):
         requests.add_request([3, 4], "a")
+
+
+def test_an_adapter_of_the_head_is_refused(tmp_path: Path) -> None:
+    """transformers computes logits of last tokens only, which do not say whose they are."""
+    model = load("demo")
+    qm.attach_adapters(model, {"head": write_adapter(tmp_path / "head", linear_lora("lm_head", 256, 128))})
+    with pytest.raises(UnsupportedError, match="head on the output embeddings"), continuous_batching(model):
+        pass
+    qm.detach_adapters(model, ["head"])
+    with continuous_batching(model, GREEDY, ContinuousBatchingConfig(**SMALL)) as requests:
+        assert len(finished(requests, [requests.add_request([3, 4])])) == 1
 
 
 @pytest.mark.parametrize(
