@@ -364,7 +364,17 @@ def test_version_and_help(command: Command) -> None:
     assert command("--version").out == f"quant-moelora {quant_moelora.__version__}\n"
     run = command("--help")
     assert run.code == 0 and "Exit codes: 0 " in run.out
-    assert COMMANDS.keys() == {"inspect", "verify", "convert", "generate", "export-adapter", "bench", "tune", "demo"}
+    assert COMMANDS.keys() == {
+        "inspect",
+        "verify",
+        "convert",
+        "generate",
+        "serve",
+        "export-adapter",
+        "bench",
+        "tune",
+        "demo",
+    }
     for name in COMMANDS:
         (line,) = (line for line in run.out.splitlines() if line.split()[:1] == [name])
         assert line.endswith("."), "said in one line"

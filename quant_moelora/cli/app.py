@@ -9,7 +9,7 @@ import torch
 import typer
 
 import quant_moelora
-from quant_moelora.cli import bench, convert, demo, export_adapter, generate, inspect, tune, verify
+from quant_moelora.cli import bench, convert, demo, export_adapter, generate, inspect, serve, tune, verify
 from quant_moelora.core.errors import QuantMoELoRAError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ for _command, _examples in (
     (verify.verify, verify.EXAMPLES),
     (convert.convert, convert.EXAMPLES),
     (generate.generate, generate.EXAMPLES),
+    (serve.serve, serve.EXAMPLES),
     (export_adapter.export_adapter, export_adapter.EXAMPLES),
     (bench.bench, bench.EXAMPLES),
     (tune.tune, tune.EXAMPLES),

@@ -322,7 +322,7 @@ class MoEAdapters(nn.Module, BaseTunerLayer):
         """Nothing is ever merged."""
 
     def _add_up(self, names: list[str]) -> None:
-        """Let bank and routers hold the sum of adapters that are to be active, if they are several, and no other sum."""
+        """Let bank and routers hold the sum of adapters that are to be active, if several are, and no other sum."""
         together, before = [".".join(names)] if len(names) > 1 else [], list(self.session.active)
         if together == list(self._combined):
             return

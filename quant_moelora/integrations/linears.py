@@ -1,22 +1,28 @@
-"""Adapters of plain linear layers: PEFT's own layers around them, filled from files read here, led by the session."""
+"""Adapters of plain linear layers: PEFT's own layers around them, filled from files read here, led by the session.
+
+PEFT's forward asks for each row's name. A step that is captured has none, and serves all of them: `_Stack`.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from quant_moelora.core.errors import AdapterError
 from quant_moelora.integrations.session import ADAPTER_NAMES, AdapterSession
 from quant_moelora.lora.adapter_file import Adapter, Factor
 
 _LED = "_quant_moelora_session"  # attribute of PEFT's layers whose forward the session leads
+_STACK = "_quant_moelora_stack"  # attribute of the same: the last `_Stack`
 
 
 def check_linears(model: nn.Module, adapter: Adapter, routers: Mapping[str, nn.Module]) -> None:
@@ -121,18 +127,71 @@ def lead(model: nn.Module, session: AdapterSession) -> None:
             module.enable_adapters(session.enabled)
             module.set_adapter(list(session.active), inference_mode=True)
             if getattr(module, _LED, None) is not session:
-                module.forward = functools.partial(_forward, session, module.forward)
+                module.forward = functools.partial(_forward, session, module, module.forward)
                 setattr(module, _LED, session)
 
 
-def _forward(session: AdapterSession, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(
+    session: AdapterSession, layer: LoraLayer, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
     """The forward of a layer of PEFT with the names of its rows, which are tokens where sequences are packed.
 
     PEFT's model class would give them the names; ours is the model.
     """
+    if session.nameless:
+        y: Tensor = layer.get_base_layer()(x, *args, **kwargs)
+        places = session.token_places(x.numel() // x.shape[-1], x.device)
+        assert places is not None  # rows without names are rows
+        return y + _stack(session, layer).delta(x, places).to(y.dtype)
     rows = x.flatten(0, -2) if session.packed else x
     names = session.row_names(rows.shape[0])
     if names is None:
         return forward(x, *args, **kwargs)
     y = forward(rows, *args, **{**kwargs, ADAPTER_NAMES: names})
     return y.unflatten(0, x.shape[:-1]) if session.packed else y
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Factors of a layer's adapters, one behind the other, so that two products serve rows of all of them.
+
+    Which adapter a row has decides which part of v = x A^T is kept; no shape and no launch depends on it.
+
+    Attributes:
+        modules: of the session, for which it was made.
+        a: A of all adapters.
+        b: B of all adapters.
+        owners: place of the adapter that a rank belongs to.
+        scalings: of that adapter.
+    """
+
+    modules: object
+    a: Tensor  # (R, K)
+    b: Tensor  # (N, R)
+    owners: Tensor  # (R,) int32
+    scalings: Tensor  # (R,) of A's dtype
+
+    def delta(self, x: Tensor, places: Tensor) -> Tensor:  # (..., K), (tokens,) int32 -> (..., N)
+        """What adapters add to the layer's output; exactly zero for the base."""
+        v = linear(x.to(self.a.dtype), self.a) * self.scalings
+        mine = places.view(*x.shape[:-1], 1) == self.owners
+        return linear(torch.where(mine, v, torch.zeros_like(v)), self.b)
+
+
+def _stack(session: AdapterSession, layer: LoraLayer) -> _Stack:
+    """The layer's stack. The step before a capture makes it, so that graphs read it where it stands."""
+    held: _Stack | None = getattr(layer, _STACK, None)
+    if held is None or held.modules is not session.modules:
+        names = [name for name in session.places if name in layer.lora_A]
+        a = [layer.lora_A[name].get_parameter("weight") for name in names]
+        b = [layer.lora_B[name].get_parameter("weight") for name in names]
+        base = layer.get_base_layer().get_parameter("weight")
+        if not names:  # all have been detached
+            a, b = [base.new_zeros(0, base.shape[1])], [base.new_zeros(base.shape[0], 0)]
+        ranks = [part.shape[0] for part in a]
+        owners = torch.tensor([session.places[n] for n, r in zip(names, ranks, strict=False) for _ in range(r)])
+        scalings = torch.tensor([layer.scaling[n] for n, r in zip(names, ranks, strict=False) for _ in range(r)])
+        stacked_a, stacked_b = torch.cat(a).detach(), torch.cat(b, dim=1).detach()
+        held = _Stack(session.modules, stacked_a, stacked_b, owners.int().to(base.device), scalings.to(stacked_a))
+        setattr(layer, _STACK, held)
+    return held

@@ -124,16 +124,9 @@ class AdapterSession:
         Raises:
             AdapterError: an unknown name, or lengths that are not one of 0 or more for each name.
         """
-        names = self._known(tuple(adapter_names))
-        if lengths is not None and (len(lengths) != len(names) or min(lengths, default=-1) < 0):
-            raise AdapterError(
-                "lengths of packed sequences",
-                got=f"{list(lengths)} for {len(names)} names",
-                rule="the number of tokens of each sequence, and a name for each",
-                remedy=f"give one name for each sequence, {BASE_NAME} for one without an adapter",
-            )
+        names = self.known(tuple(adapter_names))
         outer = self._given
-        self._given = names, None if lengths is None else tuple(lengths)
+        self._given = names, None if lengths is None else _for_sequences(names, lengths)
         try:
             yield
         finally:
@@ -181,10 +174,18 @@ class AdapterSession:
         if adapter_names is None and given is None:
             active = ".".join(self.active)
             return self._make((active,), None, True, device) if active and self.enabled else None
-        names, lengths = (self._known(tuple(adapter_names or ())), None) if given is None else given
+        names, lengths = (self.known(tuple(adapter_names or ())), None) if given is None else given
         if lengths is None:
             names = _for_batch(names, batch)
         return self._make(names, lengths, False, device) if self.enabled else None
+
+    def packed_rows(
+        self, adapter_names: Sequence[str], lengths: Sequence[int], device: torch.device
+    ) -> AdapterRows | None:
+        """The rows of one forward of packed sequences, as `use` gives them to all forwards; None where all are off."""
+        names = self.known(tuple(adapter_names))
+        made = self._make(names, _for_sequences(names, lengths), False, device)
+        return made if self.enabled else None
 
     def _make(
         self, names: tuple[str, ...], lengths: tuple[int, ...] | None, active: bool, device: torch.device
@@ -203,7 +204,8 @@ class AdapterSession:
             self._made[key] = made
         return made
 
-    def _known(self, names: tuple[str, ...]) -> tuple[str, ...]:
+    def known(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """``names``; AdapterError if one is unknown."""
         unknown = sorted(set(names) - {BASE_NAME, *self._slots})
         if unknown:
             raise AdapterError(
@@ -283,6 +285,17 @@ def _for_batch(names: tuple[str, ...], batch: int) -> tuple[str, ...]:
     if not names or batch % len(names):
         raise _wrong_number(len(names), batch)
     return tuple(name for name in names for _ in range(batch // len(names)))
+
+
+def _for_sequences(names: tuple[str, ...], lengths: Sequence[int]) -> tuple[int, ...]:
+    if len(lengths) != len(names) or min(lengths, default=-1) < 0:
+        raise AdapterError(
+            "lengths of packed sequences",
+            got=f"{list(lengths)} for {len(names)} names",
+            rule="the number of tokens of each sequence, and a name for each",
+            remedy=f"give one name for each sequence, {BASE_NAME} for one without an adapter",
+        )
+    return tuple(lengths)
 
 
 def _numbered(names: Iterable[str], before: dict[str, int]) -> dict[str, int]:

@@ -21,11 +21,11 @@ from quant_moelora.integrations.transformers import experts_of, from_pretrained
 from quant_moelora.loaders.checkpoint import Checkpoint
 from tests.builders import same_bits
 from tests.integrations.models import (
-    FOLDERS,
-    GPTQ,
     EFFECT,
+    GPTQ,
     HONEST,
     ROUNDING,
+    A,
     attention_adapter,
     difference,
     folder_of,
@@ -78,7 +78,7 @@ def test_adapters_are_not_saved_with_the_base(tmp_path: Path) -> None:
     """PEFT's layers stand around those of attention, while adapters are attached and after."""
     model, expected = load(GPTQ), load(GPTQ)
     attention = attention_adapter(tmp_path / "attention")
-    attach_adapters(model, {"a": FOLDERS["a"], "attention": attention})
+    attach_adapters(model, {"a": A, "attention": attention})
     assert any("base_layer" in key for key in model.state_dict())
     for name, detached in (("attached", ()), ("detached", ("a", "attention"))):
         detach_adapters(model, detached)
@@ -87,7 +87,7 @@ def test_adapters_are_not_saved_with_the_base(tmp_path: Path) -> None:
         assert not any("lora" in key or "base_layer" in key for key in keys(tmp_path / name))
         assert_same_model(loaded, expected)
     ids = random_ids(2, 9)
-    attach_adapters(loaded, {"a": FOLDERS["a"]})
+    attach_adapters(loaded, {"a": A})
     assert difference(logits(loaded, ids, ["a"] * 2), logits(expected, ids)) > EFFECT
 
 
@@ -173,7 +173,7 @@ def test_experts_are_of_the_models_dtype_after_it_was_saved(tmp_path: Path) -> N
 @pytest.mark.parametrize("in_place", [False, True])
 def test_adapters_are_not_left_out_silently(in_place: bool) -> None:
     model = load(GPTQ)
-    attach_adapters(model, {"a": FOLDERS["a"]})
+    attach_adapters(model, {"a": A})
     with pytest.raises(AdapterError, match="adapters a attached"):
         model.dequantize() if in_place else qm.dequantize(model)
     detach_adapters(model, ["a"])
