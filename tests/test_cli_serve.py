@@ -8,12 +8,15 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from transformers import AutoTokenizer, ContinuousBatchingConfig
 
 import quant_moelora as qm
+
+pytest.importorskip("fastapi")  # of the extra `serve`
+import httpx
+
 from quant_moelora.cli.openai_api import Engine, create_app, sampling_config
 from quant_moelora.integrations.continuous import continuous_batching
 from quant_moelora.integrations.session import BASE_NAME

@@ -189,7 +189,8 @@ class Engine:
                 if output.is_finished():
                     finish = "stop" if tokens and tokens[-1] in self._ends else "length"
                     self._requests.forget(running.pop(index))
-                text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                decoded: Any = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                text: str = decoded
                 if finish is None and text.endswith(_UNFINISHED):
                     continue
                 yield Piece(index, text[len(sent[index]) :], len(tokens), finish)

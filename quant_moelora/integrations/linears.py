@@ -183,8 +183,8 @@ def _stack(session: AdapterSession, layer: LoraLayer) -> _Stack:
     held: _Stack | None = getattr(layer, _STACK, None)
     if held is None or held.modules is not session.modules:
         names = [name for name in session.places if name in layer.lora_A]
-        a = [layer.lora_A[name].get_parameter("weight") for name in names]
-        b = [layer.lora_B[name].get_parameter("weight") for name in names]
+        a: list[Tensor] = [layer.lora_A[name].get_parameter("weight") for name in names]
+        b: list[Tensor] = [layer.lora_B[name].get_parameter("weight") for name in names]
         base = layer.get_base_layer().get_parameter("weight")
         if not names:  # all have been detached
             a, b = [base.new_zeros(0, base.shape[1])], [base.new_zeros(base.shape[0], 0)]

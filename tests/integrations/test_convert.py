@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quant_moelora as qm
-from quant_moelora.cli import describe
+from quant_moelora.cli.inspect import describe
 from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.integrations import convert as module

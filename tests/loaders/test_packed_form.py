@@ -16,7 +16,8 @@ from torch import Tensor
 
 from quant_moelora.core.activations import Activation
 from quant_moelora.core.errors import FormatError, MissingTensorError, QuantMoELoRAError, UnsupportedError
-from quant_moelora.core.quant_info import MoEQuantInfo, Shard
+from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.core.shard import ParallelConfig
 from quant_moelora.loaders.checkpoint import Checkpoint
 from quant_moelora.loaders.experts import load_layer
 from quant_moelora.loaders.families import ExpertsSpec
@@ -125,7 +126,7 @@ def test_the_header_says_what_the_format_is(tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_layer_is_not_saved() -> None:
-    info = replace(layer(scheme()).info, shard=Shard(0, 2))
+    info = layer(scheme(), experts=4).info.part(ParallelConfig(ep_rank=0, ep_size=2))
     with pytest.raises(UnsupportedError, match="whole layers"):
         facts_of(info)
 
