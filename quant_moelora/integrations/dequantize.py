@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from quant_moelora.core.errors import AdapterError, UnsupportedError
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.integrations.saving import base_state
-from quant_moelora.integrations.transformers import experts_of
+from quant_moelora.integrations.transformers import FusedExperts, experts_of
 from quant_moelora.loaders.families import ExpertsSpec
 
 
@@ -26,7 +26,7 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | str | None = None) -
         dtype: of the experts, and of everything else that is in the model's dtype; None for the model's.
 
     Raises:
-        UnsupportedError: the model has no packed experts.
+        UnsupportedError: the model has no packed experts, or parts of layers.
         AdapterError: adapters are attached.
     """
     return _stock_model(model, dtype, copied=True)
@@ -40,23 +40,7 @@ def dequantize_in_place(model: PreTrainedModel, dtype: torch.dtype | str | None 
 
 def _stock_model(model: PreTrainedModel, dtype: torch.dtype | str | None, *, copied: bool) -> PreTrainedModel:
     """The family's model; what need not be cast is the packed model's own unless it is to be ``copied``."""
-    experts = experts_of(model)
-    if not experts:
-        raise UnsupportedError(
-            f"model {type(model).__name__}",
-            got="no experts of this library",
-            rule="a model loaded by quant_moelora.from_pretrained",
-            remedy="load the model with it",
-        )
-    attached = next(iter(experts.values())).session.slots
-    if attached:
-        raise AdapterError(
-            "dequantising a model",
-            got=f"adapters {', '.join(attached)} attached",
-            rule="none, since they would be left out",
-            remedy="detach them first",
-        )
-    own = model.dtype
+    experts, own = _whole_experts(model), model.dtype
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or own
 
     def cast(tensor: Tensor) -> Tensor:
@@ -78,6 +62,36 @@ def _stock_model(model: PreTrainedModel, dtype: torch.dtype | str | None, *, cop
     _take_buffers(stock, model, copied)
     stock.generation_config = copy.deepcopy(model.generation_config)
     return stock.train(model.training)
+
+
+def _whole_experts(model: PreTrainedModel) -> dict[str, FusedExperts]:
+    """The experts of a model that can be dequantised, by name; raises as `dequantize`."""
+    experts = experts_of(model)
+    if not experts:
+        raise UnsupportedError(
+            f"model {type(model).__name__}",
+            got="no experts of this library",
+            rule="a model loaded by quant_moelora.from_pretrained",
+            remedy="load the model with it",
+        )
+    attached = next(iter(experts.values())).session.slots
+    if attached:
+        raise AdapterError(
+            "dequantising a model",
+            got=f"adapters {', '.join(attached)} attached",
+            rule="none, since they would be left out",
+            remedy="detach them first",
+        )
+    for name, module in experts.items():
+        assert module.moe is not None  # from_pretrained
+        if module.moe.info.shard is not None:
+            raise UnsupportedError(
+                f"dequantising {name}",
+                got=module.moe.info.shard,
+                rule="whole layers",
+                remedy="load the model in one process",
+            )
+    return experts
 
 
 def _take_buffers(stock: nn.Module, model: nn.Module, copied: bool) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import quant_moelora as qm
 from quant_moelora.core.errors import AdapterError, UnsupportedError
+from quant_moelora.core.shard import ParallelConfig
 from quant_moelora.integrations.adapters import attach_adapters, detach_adapters
 from quant_moelora.integrations.parity import dense_twin
 from quant_moelora.integrations.transformers import experts_of, from_pretrained
@@ -88,7 +89,7 @@ def test_adapters_are_not_saved_with_the_base(tmp_path: Path) -> None:
         loaded = load(tmp_path / name)
         assert not any("lora" in key or "base_layer" in key for key in keys(tmp_path / name))
         assert_same_model(loaded, expected)
-    inside: Any = PeftModel.from_pretrained(load("demo"), attention).get_base_model()
+    inside: Any = PeftModel.from_pretrained(load(GPTQ), attention).get_base_model()
     inside.save_pretrained(tmp_path / "inside")
     assert_same_model(load(tmp_path / "inside"), expected)
     ids = random_ids(2, 9)
@@ -185,6 +186,18 @@ def test_adapters_are_not_left_out_silently(in_place: bool) -> None:
     ids = random_ids(2, 9)
     expected = logits(model, ids)
     assert difference(logits(qm.dequantize(model), ids), expected) < ROUNDING
+
+
+@pytest.mark.parametrize("call", ["save_pretrained", "dequantize"])
+def test_a_part_of_a_model_is_refused(tmp_path: Path, call: str) -> None:
+    """As each of several processes has it."""
+    model = load(GPTQ)
+    for experts in experts_of(model).values():
+        assert experts.moe is not None
+        experts.moe.info = experts.moe.info.part(ParallelConfig(ep_size=2))
+    with pytest.raises(UnsupportedError, match="whole layers"):
+        model.save_pretrained(tmp_path) if call == "save_pretrained" else model.dequantize()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_without_packed_experts() -> None:
