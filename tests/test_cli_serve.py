@@ -191,7 +191,7 @@ def test_the_command_serves_what_it_loads(command: Command, monkeypatch: pytest.
         "serve", "--model", str(folder_of(GPTQ)), "--adapter", adapter, "--port", "80", "--cache-tokens", "512"
     )
     assert done.code == 0, done.err
-    assert served == [("127.0.0.1", 80, ["model", "a"])]
+    assert served == [("127.0.0.1", 80, [GPTQ, "a"])]
     taken = command("serve", "--model", str(folder_of(GPTQ)), "--adapter", adapter, "--name", "a")
     assert taken.code == 2 and "another name than the base model's" in taken.err
 

@@ -138,6 +138,8 @@ def _forward(
 
     PEFT's model class would give them the names; ours is the model.
     """
+    if not layer.lora_A:  # all have been detached
+        return layer.get_base_layer()(x, *args, **kwargs)
     if session.nameless:
         y: Tensor = layer.get_base_layer()(x, *args, **kwargs)
         places = session.token_places(x.numel() // x.shape[-1], x.device)
@@ -185,13 +187,11 @@ def _stack(session: AdapterSession, layer: LoraLayer) -> _Stack:
         names = [name for name in session.places if name in layer.lora_A]
         a: list[Tensor] = [layer.lora_A[name].get_parameter("weight") for name in names]
         b: list[Tensor] = [layer.lora_B[name].get_parameter("weight") for name in names]
-        base = layer.get_base_layer().get_parameter("weight")
-        if not names:  # all have been detached
-            a, b = [base.new_zeros(0, base.shape[1])], [base.new_zeros(base.shape[0], 0)]
+        assert names  # else `_forward` needs none
         ranks = [part.shape[0] for part in a]
-        owners = torch.tensor([session.places[n] for n, r in zip(names, ranks, strict=False) for _ in range(r)])
-        scalings = torch.tensor([layer.scaling[n] for n, r in zip(names, ranks, strict=False) for _ in range(r)])
+        owners = torch.tensor([session.places[n] for n, r in zip(names, ranks, strict=True) for _ in range(r)])
+        scalings = torch.tensor([layer.scaling[n] for n, r in zip(names, ranks, strict=True) for _ in range(r)])
         stacked_a, stacked_b = torch.cat(a).detach(), torch.cat(b, dim=1).detach()
-        held = _Stack(session.modules, stacked_a, stacked_b, owners.int().to(base.device), scalings.to(stacked_a))
+        held = _Stack(session.modules, stacked_a, stacked_b, owners.int().to(stacked_a.device), scalings.to(stacked_a))
         setattr(layer, _STACK, held)
     return held

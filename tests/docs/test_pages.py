@@ -13,7 +13,7 @@ from tests.commands import Command
 from tests.docs.pages import PAGES, PROGRAM, ROOT, CommandLine, anchors, blocks, links, run_page, without_blocks
 from tests.docs.tables import made, marked
 
-NOT_RUN = 6  # blocks that need a GPU, a network or an empty machine
+NOT_RUN = 7  # blocks that need a GPU, a network or an empty machine, or that serve until stopped
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
