@@ -130,9 +130,10 @@ def bytes_resident(model: PreTrainedModel) -> dict[str, int]:
 
     layers = [experts.moe for experts in experts_of(model).values() if experts.moe is not None]
     contexts = [moe.injection.ctx for moe in layers if moe.injection.ctx is not None]
+    held = {tensor.data_ptr(): tensor for ctx in contexts for tensor in ctx.tensors().values()}  # layers share an arena
     return {
         "experts": sum(moe.info.nbytes for moe in layers),
-        "expert_adapters": sum(tensor.nbytes for ctx in contexts for tensor in ctx.tensors().values()),
+        "expert_adapters": sum(tensor.nbytes for tensor in held.values()),
         "other": sum(parameter.nbytes for parameter in model.parameters()),
     }
 

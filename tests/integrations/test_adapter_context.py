@@ -117,7 +117,6 @@ def test_what_does_not_go_together(model: Any) -> None:
         pass
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_around_pefts_model(tmp_path: Path) -> None:
     """Its active adapter serves what the context does not name, before and after."""
     folders = {

@@ -11,8 +11,6 @@ from demo_model.corpus import STYLES
 from demo_model.perplexity import ADAPTERS, BASE, FORMS, WAYS, read, served, stock, text_losses
 from tests.commands import Command
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own
-
 TEXTS = 2  # of each style's passages
 # (adapter, style), the rows of one batch: the base on everything, each adapter on its own style.
 REQUESTS = [(BASE, style) for style in STYLES] + [(style, style) for style in ADAPTERS]

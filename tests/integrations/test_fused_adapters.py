@@ -19,7 +19,6 @@ from tests.integrations.models import EFFECT, ROUNDING, difference, load, logits
 from tests.integrations.test_families import IDS, saved, tiny_model
 
 # peft asks transformers by a name that transformers is about to drop
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 

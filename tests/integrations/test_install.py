@@ -41,8 +41,6 @@ from tests.integrations.models import (
     random_ids,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
 
 @pytest.fixture
 def installed() -> Any:

@@ -41,7 +41,6 @@ IDS = random_ids(3, 11)
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{words}")
     for words in (
-        "`is_gradient_checkpointing` is deprecated",
         "The following (rank|alpha)_pattern keys did not match",
         "Adapter .* was active which is now deleted",
         "Already found a `peft_config` attribute",

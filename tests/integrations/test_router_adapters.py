@@ -24,8 +24,6 @@ from tests.adapters import WEIGHTS, Dims, Tensors, linear_lora, write_adapter
 from tests.integrations.models import EFFECT, ROUNDING, difference, generate, load, logits, session_names
 from tests.integrations.test_families import EXPERTS, HIDDEN, INTER, saved, tiny_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 FAMILIES = [
     "qwen3_moe",
     "mixtral",

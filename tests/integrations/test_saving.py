@@ -76,7 +76,6 @@ def test_saving_is_that_of_a_converted_checkpoint(tmp_path: Path) -> None:
     assert all(same_bits(ours.read(key), theirs.read(key)) for key in ours.headers)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT 0.21 on transformers 5.23
 def test_adapters_are_not_saved_with_the_base(tmp_path: Path) -> None:
     """PEFT's layers stand around those of attention, while adapters are attached and after."""
     model, expected = load(GPTQ), load(GPTQ)

@@ -260,9 +260,8 @@ def test_a_folder_with_an_adapter_is_left_alone(tmp_path: Path) -> None:
         export(adapter, tmp_path / "b", wrong)
 
 
-# Of PEFT itself: an attribute that transformers renamed, and patterns of parameters, which it looks for among modules.
+# Of PEFT itself: patterns of parameters, which it looks for among modules.
 STOCK = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
 ]
 
