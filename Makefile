@@ -14,12 +14,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: $(VENV)/.installed
 	$(BIN)/quant-moelora demo
 
-# Kernels are interpreted by processes of their own, beside all other tests, which keep one core busy.
-INTERPRETED := tests/test_interpreted.py
+# Two halves at a time, each of which keeps a core busy; kernels are interpreted by processes of their own.
+BESIDE := tests/test_interpreted.py tests/loaders tests/lora
 test: static
-	@$(BIN)/python -m pytest -q $(INTERPRETED) >$(VENV)/interpreted.log 2>&1 & beside=$$!; \
-	$(BIN)/python -m pytest --ignore $(INTERPRETED); here=$$?; \
-	wait $$beside; there=$$?; cat $(VENV)/interpreted.log; exit $$((here || there))
+	@$(BIN)/python -m pytest -q $(BESIDE) >$(VENV)/beside.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(BESIDE)); here=$$?; \
+	wait $$beside; there=$$?; cat $(VENV)/beside.log; exit $$((here || there))
 
 check: static
 	$(BIN)/python -m pytest -q tests/test_layering.py

@@ -129,7 +129,7 @@ def test_one_graph_through_autograds_compiler() -> None:
     experts = make(activation=Activation("swigluoai", alpha=1.702, limit=1.0), router_weight="input")
     experts.prepare(DTYPE)
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager", dynamic=True)
-    check(compiled, experts, SIZES[:3], mark=True)
+    check(compiled, experts, SIZES[:-2], mark=True)
 
 
 def test_weights_are_static() -> None:
@@ -306,7 +306,7 @@ def test_products_with_adapters_trace_for_all_sizes(lora: bool) -> None:
         return grouped_gemm(x, ids, rows, tiles, True, layer.w13.rows, *layer.tiles, *layer.w13), segments
 
     compiled = torch.compile(steps, fullgraph=True, backend=count, dynamic=True)
-    for tokens in SIZES[:3]:
+    for tokens in SIZES[:-2]:
         x, ids, _ = batch(tokens)
         slots = torch.arange(tokens, dtype=torch.int32, device=DEVICE) % 3 - 1 if lora else None
         got, want = compiled(x, ids, slots), steps(x, ids, slots)
