@@ -23,7 +23,7 @@ from tests.launched.cases import DEVICE, DTYPES, INTERPRETED, MARKS, Counting
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("serving")]
 # DeepSeek-V2-Lite's sizes, of whose intermediate the half is no multiple of 128; interpreted, as small as that can be.
-EXPERTS, HIDDEN, INTER, TOP_K, WORLD = (2, 64, 384, 2, 2) if INTERPRETED else (64, 2048, 1408, 6, 2)
+EXPERTS, HIDDEN, INTER, TOP_K, WORLD = (2, 128, 384, 2, 2) if INTERPRETED else (64, 2048, 1408, 6, 2)
 DTYPE = DTYPES[-1]
 SIZES = (5, 7)  # of no other dimension, which the compiler would take for the same one
 
