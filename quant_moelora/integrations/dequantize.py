@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from quant_moelora.core.errors import AdapterError, UnsupportedError
 from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.integrations.adapters import adapters_of
 from quant_moelora.integrations.saving import base_state
 from quant_moelora.integrations.transformers import FusedExperts, experts_of
 from quant_moelora.loaders.families import ExpertsSpec
@@ -66,15 +67,7 @@ def _stock_model(model: PreTrainedModel, dtype: torch.dtype | str | None, *, cop
 
 def _whole_experts(model: PreTrainedModel) -> dict[str, FusedExperts]:
     """The experts of a model that can be dequantised, by name; raises as `dequantize`."""
-    experts = experts_of(model)
-    if not experts:
-        raise UnsupportedError(
-            f"model {type(model).__name__}",
-            got="no experts of this library",
-            rule="a model loaded by quant_moelora.from_pretrained",
-            remedy="load the model with it",
-        )
-    attached = next(iter(experts.values())).session.slots
+    attached, experts = adapters_of(model).session.slots, experts_of(model)
     if attached:
         raise AdapterError(
             "dequantising a model",
