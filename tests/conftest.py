@@ -57,7 +57,7 @@ def golden() -> Path:
     return Path(__file__).parent / "golden"
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device that a test runs on; cuda only with `-m gpu`."""
     return torch.device(request.param)

@@ -32,8 +32,8 @@ Post = Callable[..., Awaitable[httpx.Response]]
 class Server:
     """A model that is served within this process."""
 
-    def __init__(self) -> None:
-        self.model = load(GPTQ)
+    def __init__(self, device: torch.device) -> None:
+        self.model = load(GPTQ, device_map=device.type)
         qm.attach_adapters(self.model, {"a": A, "b": B})
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder_of(GPTQ))
         self.batches: list[int] = []
@@ -64,14 +64,14 @@ class Server:
 
     def generated(self, text: str, name: str) -> str:
         """What `generate` gives, most likely tokens only."""
-        inputs = self.tokenizer(text, return_tensors="pt")
+        inputs = self.tokenizer(text, return_tensors="pt").to(self.model.device)
         out = self.model.generate(**inputs, adapter_names=[name], max_new_tokens=NEW, do_sample=False)
         return self.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 @pytest.fixture(scope="module")
-def server() -> Server:
-    return Server()
+def server(device: torch.device) -> Server:
+    return Server(device)
 
 
 NAMES = {"demo": BASE_NAME, "a": "a", "b": "b"}
@@ -133,7 +133,7 @@ def test_chat(server: Server) -> None:
 
     refused, whole, stream = server.ask(questions)
     assert refused.status_code == 400 and "no chat template" in refused.json()["error"]["message"]
-    ids = torch.tensor([server.tokenizer("t3 t4 t9", add_special_tokens=False)["input_ids"]])
+    ids = server.tokenizer("t3 t4 t9", add_special_tokens=False, return_tensors="pt").input_ids.to(server.model.device)
     out = server.model.generate(input_ids=ids, adapter_names=["a"], max_new_tokens=NEW, do_sample=False)
     expected = server.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     assert whole.json()["choices"][0]["message"] == {"role": "assistant", "content": expected}

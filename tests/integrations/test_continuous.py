@@ -26,7 +26,7 @@ PROMPT = random_ids(1, 9)[0]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def model(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Any:
     """Adapters of experts, a router and attention."""
     root = tmp_path_factory.mktemp("adapters")
     folders: dict[str, Path] = {}
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
         tensors = fused_lora(QWEN, seed=seed) | attention_lora({"q_proj": (128, 128), "v_proj": (64, 128)}, seed=seed)
         tensors |= linear_lora("model.layers.0.mlp.gate", 8, 128, seed=40 + seed)
         folders[name] = write_adapter(root / name, tensors, target_parameters=[*FUSED, "mlp.gate.weight"])
-    loaded = load(GPTQ)
+    loaded = load(GPTQ, device_map=device.type)
     qm.attach_adapters(loaded, folders)
     return loaded
 
