@@ -2,6 +2,7 @@
 # test          install into .venv, then everything that needs no GPU
 # check         the static part of it
 # gpu           the GPU tests, with this machine's own python3 and packages: nothing is installed
+# multi-gpu     those of several GPUs, likewise
 # compile-all   compile each kernel for each supported GPU, with the installed Triton or with TRITON=3.6.0
 # clean         remove what the others made
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check static gpu compile-all clean
+.PHONY: demo test check static gpu multi-gpu compile-all clean
 
 demo: $(VENV)/.installed
 	$(BIN)/quant-moelora demo
@@ -31,6 +32,9 @@ static: $(VENV)/.installed-test
 
 gpu:
 	$(PYTHON) -m pytest tests -m gpu -q
+
+multi-gpu:
+	$(PYTHON) -m pytest tests/distributed -m multi_gpu -q
 
 # Another Triton lies in a folder of its own, without what it depends on: only its compiler is wanted.
 compile-all: $(VENV)/.installed-test $(if $(TRITON),$(VENV)/triton-$(TRITON))

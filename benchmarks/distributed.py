@@ -43,6 +43,7 @@ from quant_moelora.kernels.common.timing import graph_of, quantile, take_turns
 from quant_moelora.layer import MoEExperts
 
 BITS = 4
+LEAST = 1024  # tokens of a piece
 TINY = {"tiny": Shape(8, 2, 256, 512)}
 TIMEOUT = timedelta(minutes=8)  # of a collective: one process compiles for all
 COLUMNS = (
@@ -58,11 +59,13 @@ class Way:
         dim: ``tp`` or ``ep``.
         exchange: as of `DistributedExperts`.
         fully: whether LoRA is fully sharded.
+        pieces: that a forward is computed in.
     """
 
     dim: str
     exchange: Exchange = "none"
     fully: bool = False
+    pieces: int = 1
 
     @property
     def graphs(self) -> bool:
@@ -85,7 +88,9 @@ class Way:
 WAYS = {
     "tp": Way("tp"),
     "tp-fully": Way("tp", fully=True),
+    "tp-pieces": Way("tp", pieces=2),
     "ep-gather": Way("ep", "all_gather"),
+    "ep-gather-pieces": Way("ep", "all_gather", pieces=2),
     "ep-all-to-all": Way("ep", "all_to_all"),
 }
 
@@ -217,11 +222,11 @@ def measure(
         bench.copies(part, way.rows(tokens, bench.processes, 1)),
     )
     rows = tokens if way.exchange == "all_gather" else None
-    layers = [
-        DistributedExperts(info if copy == 0 else copied(info), mesh, exchange=way.exchange, rows=rows)
-        for copy in range(copies)
-    ]
-    idle = Exchanging(info, mesh, exchange=way.exchange, rows=rows)
+    own = tokens * (bench.processes if tp else 1)
+    options: dict[str, Any] = {"exchange": way.exchange, "rows": rows}
+    options["microbatch_rows"] = own // way.pieces if way.pieces > 1 else None
+    layers = [DistributedExperts(info if copy == 0 else copied(info), mesh, **options) for copy in range(copies)]
+    idle = Exchanging(info, mesh, **options)
     for layer in (*layers, idle) if adapters else ():
         assert adapters is not None
         attach(layer, adapters, bench)
@@ -230,7 +235,7 @@ def measure(
     cost = LayerCost(shape.experts, shape.top_k, shape.hidden, shape.inter, itemsize=bench.dtype.itemsize)
     sizes = {"tp": bench.processes} if tp else {"ep": bench.processes}
     ranks = adapters.rank if adapters and way.fully else 0
-    model = layer_cost(cost, tokens * (bench.processes if tp else 1), exchange=way.exchange, ranks=ranks, **sizes)
+    model = layer_cost(cost, own, exchange=way.exchange, ranks=ranks, **sizes)
     row = _quantiles(times) | {"comm_us": f"{quantile(comm, 0.5):.2f}", "model_comm_us": f"{model.exchange_us:.2f}"}
     return row | {"copies": copies, "launches": len(works[0])}
 
@@ -247,7 +252,7 @@ def compile_all(args: argparse.Namespace, bench: Bench, adapters: Adapters) -> N
         shape = bench.shapes[name]
         kinds[shape, tokens] = None
         for way in (WAYS[name] for name in args.ways):
-            kinds[way.part(shape, bench.processes), way.rows(tokens, bench.processes, shape.top_k)] = None
+            kinds[way.part(shape, bench.processes), way.rows(tokens, bench.processes, shape.top_k) // way.pieces] = None
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
         ordered = sorted(kinds, key=lambda kind: -kind[1])
         works = {pool.submit(compile_layer, *kind, adapters): kind for kind in ordered}
@@ -277,6 +282,8 @@ def rows(args: argparse.Namespace, bench: Bench) -> Iterator[dict[str, object]]:
             way = WAYS[label]
             if way.fully and adapters is None:
                 continue  # the same as without
+            if way.pieces > 1 and tokens * bench.processes < LEAST * way.pieces:
+                continue
             row = fixed | {"way": label} | measure(name, way, tokens, adapters, bench, mesh)
             # Weak scaling: as many times the tokens in the time of one. Tensor parallel counts alike.
             yield row | {"one_us": f"{one:.2f}", "efficiency": f"{one / float(str(row['p50_us'])):.3f}"}

@@ -20,6 +20,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Fail GPU tests, which only `-m gpu` selects, where there is no GPU: a skip would look like a pass."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.fail("needs a CUDA device, and torch sees none", pytrace=False)
+    if item.get_closest_marker("multi_gpu") and torch.cuda.device_count() < 2:
+        pytest.fail("needs two CUDA devices or more", pytrace=False)
 
 
 @pytest.fixture(autouse=True)

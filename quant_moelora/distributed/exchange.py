@@ -73,6 +73,11 @@ class Tokens(NamedTuple):
             F.pad(self.slots, (0, missing), value=BASE_SLOT),
         )
 
+    def pieces(self, count: int) -> list[Tokens]:
+        """``count`` of neighbours, as equal as can be."""
+        parts = [tensor.tensor_split(count) for tensor in self]
+        return [Tokens(*piece) for piece in zip(*parts, strict=True)]
+
 
 def owners(
     ids: Tensor,  # (M, k) int32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -17,7 +18,7 @@ from quant_moelora.core.routing import BASE_SLOT
 from quant_moelora.core.shard import split
 from quant_moelora.core.workspace import Workspace
 from quant_moelora.distributed.exchange import Tokens, Traffic, collect, deliver, owners
-from quant_moelora.distributed.mesh import ExpertMesh, TensorParallelRanks
+from quant_moelora.distributed.mesh import ExpertMesh, Group, TensorParallelRanks
 from quant_moelora.experts.registry import AUTO
 from quant_moelora.layer import MoEExperts
 
@@ -39,19 +40,23 @@ class DistributedExperts(MoEExperts):
     * ``all_to_all``: each token goes only where it has an expert, which the host has to know.
     * ``auto``: whichever of the last two moves fewer rows, forward by forward; ``all_gather`` if ``rows`` is given.
 
+    With ``microbatch_rows`` a forward of twice as many tokens and more is computed piece by piece, and collectives of a
+    piece run on the GPU beside the experts of another. Each piece reads all weights once more.
+
     Args:
         info: this process's part: of `load_experts(.., shard=mesh.config)` or `MoEQuantInfo.part(mesh.config)`.
         mesh: the processes.
         exchange: see above; without expert parallel it changes nothing.
         rows: tokens of a process in each forward, at most: there are always as many rows, the others without an expert.
             None for as many as there are.
+        microbatch_rows: tokens of a process in each piece, at least; None for one piece.
         backend: as of `MoEExperts`.
         tuned_configs: as of `MoEExperts`.
         workspace: as of `MoEExperts`.
 
     Raises:
         ShapeError: the info is not the part that belongs to this process.
-        UnsupportedError: an unknown exchange, or ``rows`` with one that has no use for it.
+        UnsupportedError: an unknown exchange, or ``rows`` or ``microbatch_rows`` with one that has no use for them.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class DistributedExperts(MoEExperts):
         *,
         exchange: Exchange = "auto",
         rows: int | None = None,
+        microbatch_rows: int | None = None,
         backend: str | ExpertsBackend = AUTO,
         tuned_configs: str | os.PathLike[str] | None = None,
         workspace: Workspace | None = None,
@@ -72,9 +78,16 @@ class DistributedExperts(MoEExperts):
                 rule=f"one of {', '.join(get_args(Exchange))}, and rows only where tokens are gathered",
                 remedy="leave rows away, or choose all_gather",
             )
+        if microbatch_rows is not None and (microbatch_rows < 1 or exchange in ("auto", "all_to_all")):
+            raise UnsupportedError(
+                "microbatch_rows",
+                got=f"{microbatch_rows} with exchange={exchange}",
+                rule="1 or more, and only where tokens are gathered or there already",
+                remedy="leave microbatch_rows away, or choose all_gather or none",
+            )
         self._mesh_of_parts = mesh
         self._exchange: Exchange = "none" if mesh.ep.size == 1 else exchange
-        self._rows = rows
+        self._rows, self._microbatch_rows = rows, microbatch_rows
         super().__init__(info, backend, tuned_configs, workspace)
         assert self.info.shard is not None  # _check_shard
         self._spans = split("experts", self.info.shard.num_experts, mesh.ep.size)
@@ -119,9 +132,18 @@ class DistributedExperts(MoEExperts):
             adapter_ids = torch.full((x.shape[0],), BASE_SLOT, dtype=torch.int32, device=x.device)
         ids, weights, slots = topk_ids.to(torch.int32), topk_weights.to(torch.float32), adapter_ids.to(torch.int32)
         tokens, mesh = Tokens(x, ids, weights, slots), self._mesh_of_parts
-        if self._exchange == "none":
-            return mesh.ep.all_reduce(mesh.tp.all_reduce(self._compute(tokens)))
-        return mesh.tp.all_reduce(self._exchanged(tokens))
+        if self._exchange != "none":
+            return mesh.tp.all_reduce(self._exchanged(tokens))
+        pieces = self._pieces(tokens)
+        if mesh.ep.size == 1:
+            return _joined(mesh.tp, [mesh.tp.start_all_reduce(self._compute(piece)) for piece in pieces])
+        sums = [mesh.ep.start_all_reduce(mesh.tp.all_reduce(self._compute(piece))) for piece in pieces]
+        return _joined(mesh.ep, sums)
+
+    def _pieces(self, tokens: Tokens) -> list[Tokens]:
+        """The microbatches; as many on every process, since they have as many tokens."""
+        count = tokens.x.shape[0] // (self._microbatch_rows or tokens.x.shape[0] or 1)
+        return tokens.pieces(count) if count > 1 else [tokens]
 
     def _compute(self, tokens: Tokens) -> Tensor:  # (M, H)
         """This process's part of the output of any tokens."""
@@ -150,5 +172,12 @@ class DistributedExperts(MoEExperts):
     def _gathered(self, tokens: Tokens, rows: int) -> Tensor:  # (M, H)
         """`_exchanged` by all-gather, with as many rows of each process."""
         group = self._mesh_of_parts.ep
-        everybody = tokens.unpack(group.all_gather(tokens.padded(rows).pack()))
-        return group.reduce_scatter(self._compute(everybody))[: tokens.x.shape[0]]
+        coming = [group.start_all_gather(piece.pack()) for piece in self._pieces(tokens.padded(rows))]
+        computed = (self._compute(tokens.unpack(group.arrived(piece))) for piece in coming)
+        return _joined(group, [group.start_reduce_scatter(y) for y in computed])[: tokens.x.shape[0]]
+
+
+def _joined(group: Group, parts: Sequence[Tensor]) -> Tensor:
+    """Microbatches' outputs, whose collectives were started."""
+    arrived = [group.arrived(part) for part in parts]
+    return arrived[0] if len(arrived) == 1 else torch.cat(arrived)

@@ -39,25 +39,42 @@ class Group:
         x: Tensor,  # any shape
     ) -> Tensor:
         """The sum over all processes, in x's dtype."""
-        return x if self.size == 1 else _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", self.name))
+        return self.arrived(self.start_all_reduce(x))
+
+    def start_all_reduce(
+        self,
+        x: Tensor,  # any shape
+    ) -> Tensor:
+        """`all_reduce`, to be given to `arrived` before it is read."""
+        return x if self.size == 1 else _ops.all_reduce(x.contiguous(), "sum", self.name)
 
     def all_gather(
         self,
         x: Tensor,  # (n, ...), of one shape everywhere
     ) -> Tensor:  # (size * n, ...)
         """What all processes have, one after the other."""
-        if self.size == 1:
-            return x
-        return _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), self.size, self.name))
+        return self.arrived(self.start_all_gather(x))
 
-    def reduce_scatter(
+    def start_all_gather(
+        self,
+        x: Tensor,  # (n, ...), of one shape everywhere
+    ) -> Tensor:  # (size * n, ...)
+        """`all_gather`, to be given to `arrived` before it is read."""
+        return x if self.size == 1 else _ops.all_gather_into_tensor(x.contiguous(), self.size, self.name)
+
+    def start_reduce_scatter(
         self,
         x: Tensor,  # (size * n, ...), of one shape everywhere
     ) -> Tensor:  # (n, ...)
-        """This process's part of the sum over all processes, in x's dtype."""
-        if self.size == 1:
-            return x
-        return _ops.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), "sum", self.size, self.name))
+        """This process's part of the sum over all processes, in x's dtype; for `arrived`."""
+        return x if self.size == 1 else _ops.reduce_scatter_tensor(x.contiguous(), "sum", self.size, self.name)
+
+    def arrived(
+        self,
+        x: Tensor,  # of a collective that was started
+    ) -> Tensor:
+        """The same, of which later work may make use; on a GPU the host does not wait."""
+        return x if self.size == 1 else _ops.wait_tensor(x)
 
     def all_to_all(
         self,

@@ -45,6 +45,7 @@ class Case:
         dims: names of the dimensions of a mesh of 4, or of 2 x 2, that the layer is shared over.
         exchange: as of `DistributedExperts`.
         rows: as of `DistributedExperts`.
+        pieces: its ``microbatch_rows``.
         fully: whether LoRA is fully sharded.
         lora: whether adapters are attached.
         quant: the scheme, or a dtype.
@@ -54,6 +55,7 @@ class Case:
     dims: tuple[str, ...]
     exchange: Exchange = "none"
     rows: int | None = None
+    pieces: int | None = None
     fully: bool = False
     lora: bool = True
     quant: QuantScheme | torch.dtype = scheme(4, 32)  # noqa: RUF009  # frozen
@@ -68,13 +70,16 @@ CASES: dict[str, Case] = {
     "tp2-fully": Case(TWO_TP, fully=True, quant=scheme(8, None, symmetric=False), layer=INPUT),
     "tp4-plain": Case(FOUR_TP, quant=torch.float32, layer=INPUT),
     "tp4-fully": Case(FOUR_TP, fully=True, layer=ACT_ORDER),
+    "tp2-pieces": Case(TWO_TP, pieces=2),
     "ep2-none": Case(TWO_EP, layer=INPUT),
     "ep4-base": Case(FOUR_EP, "all_to_all", lora=False),
     "ep4-gather": Case(FOUR_EP, "all_gather", layer=ACT_ORDER),
     "ep4-rows": Case(FOUR_EP, "all_gather", rows=7),
+    "ep4-pieces": Case(FOUR_EP, "all_gather", rows=7, pieces=2),
     "ep4-all-to-all": Case(FOUR_EP, "all_to_all", quant=torch.float32, layer=INPUT),
     "ep4-auto": Case(FOUR_EP, "auto"),
     "both-none": Case(BOTH, fully=True),
+    "both-pieces": Case(BOTH, fully=True, pieces=1),
     "both-plain": Case(BOTH, "all_to_all", layer=ACT_ORDER),
     "both-fully-gather": Case(BOTH, "all_gather", fully=True, layer=ACT_ORDER),
     "both-fully-all-to-all": Case(BOTH, "all_to_all", fully=True, layer=INPUT),
@@ -135,7 +140,9 @@ def compared(case: Case, mesh: DeviceMesh, *, wrong: bool = False) -> str:
     part = whole.part(of.config)
     torch.manual_seed(dist.get_rank())  # nobody relies on the others' random numbers
     alone = MoEExperts(whole, backend="reference")
-    shared = DistributedExperts(part, of, exchange=case.exchange, rows=case.rows, backend="reference")
+    shared = DistributedExperts(
+        part, of, exchange=case.exchange, rows=case.rows, microbatch_rows=case.pieces, backend="reference"
+    )
     if case.lora:
         held = adapters(whole)
         banks = [AdapterBank({0: info}, torch.float32, max_adapters=4, max_rank=5) for info in (whole, part)]

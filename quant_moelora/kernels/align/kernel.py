@@ -100,13 +100,16 @@ def _place(
 
 @triton.jit
 def _digits(source, slots, first, count, lowest, shift, num_slots, TOP_K: tl.constexpr, SIZE: tl.constexpr):
-    """SIZE pairs from ``first`` on, and for each a column with a one at the 4 bits of its slot from ``shift`` on."""
+    """SIZE pairs from ``first`` on, and the 4 bits of their slots from ``shift`` on, 16 behind the last pair."""
     i = first + tl.arange(0, SIZE)
-    there = i < count
-    pair = tl.load(source + i, mask=there, other=0)
-    slot = _slots(slots, pair, there, num_slots, TOP_K).to(tl.int64)
-    digit = tl.where(there, ((slot - lowest) >> shift) & 15, 16).to(tl.int32)
-    return pair, there, (digit[None, :] == tl.arange(0, 16)[:, None]).to(tl.int32)
+    pair, slot = _sorted_slots(source, slots, i, count, num_slots, TOP_K)
+    return pair, tl.where(i < count, ((slot.to(tl.int64) - lowest) >> shift) & 15, 16).to(tl.int32)
+
+
+@triton.jit
+def _columns(digit):
+    """For each digit a column of 16 with a one at it."""
+    return (digit[None, :] == tl.arange(0, 16)[:, None]).to(tl.int32)
 
 
 @triton.jit
@@ -114,6 +117,7 @@ def _sort(order, slots, begin, count, lowest, highest, num_pairs, num_slots, TOP
     """Sort the ``count`` pairs from ``begin`` on by slot, stably; return the row of ``order`` that holds the result.
 
     4 bits at a time, from the lowest up, from one row to the other and back. Slots that are all the same need no pass.
+    What is looked up next is on its way while what is there is counted.
     """
     row = 0
     shift = 0
@@ -124,12 +128,16 @@ def _sort(order, slots, begin, count, lowest, highest, num_pairs, num_slots, TOP
         source = order + row * num_pairs + begin
         target = order + (1 - row) * num_pairs + begin
         sizes = tl.zeros((16,), tl.int32)
-        for first in tl.range(0, count, SIZE):
-            _, _, ones = _digits(source, slots, first, count, lowest, shift, num_slots, TOP_K, SIZE)
+        _, digit = _digits(source, slots, 0, count, lowest, shift, num_slots, TOP_K, SIZE)
+        for first in tl.range(SIZE, count + SIZE, SIZE):
+            ones = _columns(digit)
+            _, digit = _digits(source, slots, first, count, lowest, shift, num_slots, TOP_K, SIZE)
             sizes += tl.sum(ones, 1)
         begins = tl.cumsum(sizes, 0) - sizes
-        for first in tl.range(0, count, SIZE):
-            pair, there, ones = _digits(source, slots, first, count, lowest, shift, num_slots, TOP_K, SIZE)
+        upcoming, digit = _digits(source, slots, 0, count, lowest, shift, num_slots, TOP_K, SIZE)
+        for first in tl.range(SIZE, count + SIZE, SIZE):
+            pair, there, ones = upcoming, digit < 16, _columns(digit)
+            upcoming, digit = _digits(source, slots, first, count, lowest, shift, num_slots, TOP_K, SIZE)
             place = tl.sum(ones * (begins[:, None] + tl.cumsum(ones, 1)), 0) - 1
             tl.store(target + place, pair, mask=there)
             begins += tl.sum(ones, 1)
@@ -183,12 +191,17 @@ def _write_sorted(
     place = _first_segment(own, begin, num_pairs, num_slots)
     held = 0
     opened = 0  # place of the last row that has another slot than the one before
+    i = tl.arange(0, SIZE)
+    upcoming, own_slot = _sorted_slots(source, slots, i, count, num_slots, TOP_K)
+    _, left = _sorted_slots(source, slots, i - 1, count, num_slots, TOP_K)
+    _, right = _sorted_slots(source, slots, i + 1, count, num_slots, TOP_K)
     for first in tl.range(0, count, SIZE):
         i = first + tl.arange(0, SIZE)
         there = i < count
-        pair, slot = _sorted_slots(source, slots, i, count, num_slots, TOP_K)
-        _, before = _sorted_slots(source, slots, i - 1, count, num_slots, TOP_K)
-        _, after = _sorted_slots(source, slots, i + 1, count, num_slots, TOP_K)
+        pair, slot, before, after = upcoming, own_slot, left, right
+        upcoming, own_slot = _sorted_slots(source, slots, i + SIZE, count, num_slots, TOP_K)
+        _, left = _sorted_slots(source, slots, i + SIZE - 1, count, num_slots, TOP_K)
+        _, right = _sorted_slots(source, slots, i + SIZE + 1, count, num_slots, TOP_K)
         tl.store(order + begin + i, pair, mask=there)
         tl.store(inverse + pair, begin + i, mask=there)
         start = tl.where((i > 0) & (slot == before), 0, i)
