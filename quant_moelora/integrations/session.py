@@ -41,9 +41,14 @@ class AdapterRows(NamedTuple):
     lengths: tuple[int, ...] | None = None
     active: bool = False
 
+    @property
+    def base(self) -> bool:
+        """Whether it is known on the host that no row uses an adapter, so that none need be looked for."""
+        return set(self.names) == {BASE_NAME}
+
     def nameless(self) -> AdapterRows:
-        """The same rows for code that serves all names; which adapters are active is no data."""
-        return self if self.active else self._replace(names=())
+        """The same rows for code that serves all names. That all are the base's or the active adapters' is no data."""
+        return self if self.active or self.base else self._replace(names=())
 
     def repeats(self, total: int) -> list[int]:
         """How many of ``total`` rows of a module's input belong to each row.
@@ -256,7 +261,8 @@ class AdapterSession:
         Raises:
             AdapterError: as `row_names`.
         """
-        return None if self._rows is None else self._per_token("slots", self._rows.slots.to(device), tokens)
+        rows = self._rows
+        return None if rows is None or rows.base else self._per_token("slots", rows.slots.to(device), tokens)
 
     def token_places(self, tokens: int, device: torch.device) -> Tensor | None:  # (tokens,) int32
         """Number among `places` of the adapter of each token, -1 for the base; None where all use the base.

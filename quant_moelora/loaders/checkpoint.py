@@ -117,7 +117,7 @@ class Checkpoint:
         for file in sorted(set(weight_map.values())):
             self._read_headers(file)
         for key, file in weight_map.items():
-            if key and (key not in self.headers or self.headers[key].file != file):
+            if key and (key not in self.headers or self.headers[key].file is not file):
                 raise FormatError(
                     f"{key} of {INDEX_FILE}",
                     got=f"no such tensor in {file.name}",
@@ -150,7 +150,8 @@ class Checkpoint:
                 raise FormatError(
                     INDEX_FILE, got="no weight_map", rule="a weight_map", remedy="download the index again"
                 )
-            return {key: self.path / str(file) for key, file in weight_map.items()}
+            files = {name: self.path / str(name) for name in set(weight_map.values())}  # one object each, which is fast
+            return {key: files[name] for key, name in weight_map.items()}
         if (self.path / SINGLE_FILE).is_file():
             return {"": self.path / SINGLE_FILE}
         for pattern, name in OTHER_FILES.items():

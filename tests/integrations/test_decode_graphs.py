@@ -22,6 +22,7 @@ from quant_moelora.integrations.adapters import attach_adapters, detach_adapters
 from quant_moelora.integrations.decode_graphs import DecodeGraphs
 from quant_moelora.integrations.session import BASE_NAME
 from quant_moelora.integrations.transformers import experts_of
+from quant_moelora.layer import MoEExperts
 from tests.adapters import attention_lora, fused_lora, linear_lora, write_adapter
 from tests.integrations.models import (
     EFFECT,
@@ -121,10 +122,26 @@ def test_one_graph_serves_all_names() -> None:
     assert (served.record.recorded, served.record.replayed) == (1, NEW - 2), "prefill and a first step run as they are"
     second = check(served, NAMES[::-1], cache)
     assert difference(second.logits[0], first.logits[0]) > EFFECT
-    check(served, [BASE_NAME] * 3, cache)
+    check(served, ["a", BASE_NAME, BASE_NAME], cache)
     assert (served.record.recorded, served.record.replayed) == (1, NEW - 2 + 2 * (NEW - 1))
-    check(served, None, cache)
-    assert served.record.recorded == 2, "the base alone has no adapters' kernels"
+
+
+@pytest.mark.parametrize("names", [None, [BASE_NAME] * 3])
+def test_the_base_alone_has_no_kernels_of_adapters(names: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served()
+    cache = served.cache()
+    check(served, NAMES, cache)
+    given: list[Any] = []
+    forward = MoEExperts.forward
+
+    def watched(self: MoEExperts, x: Any, ids: Any, weights: Any, slots: Any = None) -> Any:
+        given.append(slots)
+        return forward(self, x, ids, weights, slots)
+
+    monkeypatch.setattr(MoEExperts, "forward", watched)
+    check(served, names, cache)
+    assert given and all(slots is None for slots in given)
+    assert served.record.recorded == 2
 
 
 def test_other_sizes_and_other_caches_have_graphs_of_their_own() -> None:
@@ -202,7 +219,7 @@ def test_adapters_of_attention_and_routers(everywhere: list[Path]) -> None:
     check(served, [BASE_NAME] * 3, cache)
     detach_adapters(served.model, ["a"])
     check(served, ["b", BASE_NAME, "b"], cache, tolerance=ROUNDING)
-    assert served.record.recorded == 2, "other modules, other graphs"
+    assert served.record.recorded == 3, "the base alone, and other modules"
 
 
 def test_numbers_of_adapters_outlast_others(everywhere: list[Path]) -> None:
