@@ -99,26 +99,23 @@ def _place(
 
 
 @triton.jit
-def _digits(source, slots, first, count, lowest, shift, num_slots, TOP_K: tl.constexpr, SIZE: tl.constexpr):
-    """SIZE pairs from ``first`` on, and the 4 bits of their slots from ``shift`` on, 16 behind the last pair."""
-    i = first + tl.arange(0, SIZE)
-    pair, slot = _sorted_slots(source, slots, i, count, num_slots, TOP_K)
-    return pair, tl.where(i < count, ((slot.to(tl.int64) - lowest) >> shift) & 15, 16).to(tl.int32)
+def _digits(source, slots, i, there, lowest, shift, num_slots, TOP_K: tl.constexpr):
+    """Pairs at places i, and for each a row of 16 with a one at the 4 bits of its slot from ``shift`` on."""
+    pair = tl.load(source + i, mask=there, other=0)
+    slot = _slots(slots, pair, there, num_slots, TOP_K).to(tl.int64)
+    digit = tl.where(there, ((slot - lowest) >> shift) & 15, 16).to(tl.int32)
+    return pair, (digit[:, None] == tl.arange(0, 16)[None, :]).to(tl.int32)
 
 
 @triton.jit
-def _columns(digit):
-    """For each digit a column of 16 with a one at it."""
-    return (digit[None, :] == tl.arange(0, 16)[:, None]).to(tl.int32)
-
-
-@triton.jit
-def _sort(order, slots, begin, count, lowest, highest, num_pairs, num_slots, TOP_K: tl.constexpr, SIZE: tl.constexpr):
+def _sort(order, slots, begin, count, lowest, highest, num_pairs, num_slots, TOP_K: tl.constexpr, LANES: tl.constexpr):
     """Sort the ``count`` pairs from ``begin`` on by slot, stably; return the row of ``order`` that holds the result.
 
     4 bits at a time, from the lowest up, from one row to the other and back. Slots that are all the same need no pass.
-    What is looked up next is on its way while what is there is counted.
+    Each lane counts and then moves pairs of its own, neighbours; lanes add up once a pass, and not in its loops.
     """
+    chunk = (count + LANES - 1) // LANES
+    lane = tl.arange(0, LANES) * chunk
     row = 0
     shift = 0
     span = highest.to(tl.int64) - lowest
@@ -127,20 +124,17 @@ def _sort(order, slots, begin, count, lowest, highest, num_pairs, num_slots, TOP
     while (span >> shift) > 0:
         source = order + row * num_pairs + begin
         target = order + (1 - row) * num_pairs + begin
-        sizes = tl.zeros((16,), tl.int32)
-        _, digit = _digits(source, slots, 0, count, lowest, shift, num_slots, TOP_K, SIZE)
-        for first in tl.range(SIZE, count + SIZE, SIZE):
-            ones = _columns(digit)
-            _, digit = _digits(source, slots, first, count, lowest, shift, num_slots, TOP_K, SIZE)
-            sizes += tl.sum(ones, 1)
-        begins = tl.cumsum(sizes, 0) - sizes
-        upcoming, digit = _digits(source, slots, 0, count, lowest, shift, num_slots, TOP_K, SIZE)
-        for first in tl.range(SIZE, count + SIZE, SIZE):
-            pair, there, ones = upcoming, digit < 16, _columns(digit)
-            upcoming, digit = _digits(source, slots, first, count, lowest, shift, num_slots, TOP_K, SIZE)
-            place = tl.sum(ones * (begins[:, None] + tl.cumsum(ones, 1)), 0) - 1
-            tl.store(target + place, pair, mask=there)
-            begins += tl.sum(ones, 1)
+        held = tl.zeros((LANES, 16), tl.int32)
+        for step in tl.range(0, chunk):
+            _, ones = _digits(source, slots, lane + step, lane + step < count, lowest, shift, num_slots, TOP_K)
+            held += ones
+        sizes = tl.sum(held, 0)
+        begins = (tl.cumsum(sizes, 0) - sizes)[None, :] + tl.cumsum(held, 0) - held
+        for step in tl.range(0, chunk):
+            there = lane + step < count
+            pair, ones = _digits(source, slots, lane + step, there, lowest, shift, num_slots, TOP_K)
+            tl.store(target + tl.sum(ones * begins, 1), pair, mask=there)
+            begins += ones
         tl.debug_barrier()
         row = 1 - row
         shift += 4
@@ -191,17 +185,12 @@ def _write_sorted(
     place = _first_segment(own, begin, num_pairs, num_slots)
     held = 0
     opened = 0  # place of the last row that has another slot than the one before
-    i = tl.arange(0, SIZE)
-    upcoming, own_slot = _sorted_slots(source, slots, i, count, num_slots, TOP_K)
-    _, left = _sorted_slots(source, slots, i - 1, count, num_slots, TOP_K)
-    _, right = _sorted_slots(source, slots, i + 1, count, num_slots, TOP_K)
     for first in tl.range(0, count, SIZE):
         i = first + tl.arange(0, SIZE)
         there = i < count
-        pair, slot, before, after = upcoming, own_slot, left, right
-        upcoming, own_slot = _sorted_slots(source, slots, i + SIZE, count, num_slots, TOP_K)
-        _, left = _sorted_slots(source, slots, i + SIZE - 1, count, num_slots, TOP_K)
-        _, right = _sorted_slots(source, slots, i + SIZE + 1, count, num_slots, TOP_K)
+        pair, slot = _sorted_slots(source, slots, i, count, num_slots, TOP_K)
+        _, before = _sorted_slots(source, slots, i - 1, count, num_slots, TOP_K)
+        _, after = _sorted_slots(source, slots, i + 1, count, num_slots, TOP_K)
         tl.store(order + begin + i, pair, mask=there)
         tl.store(inverse + pair, begin + i, mask=there)
         start = tl.where((i > 0) & (slot == before), 0, i)
@@ -315,6 +304,7 @@ def align_kernel(
     BM: tl.constexpr,
     BLOCK: tl.constexpr,  # pairs that a program looks at together
     SIZE: tl.constexpr,  # own pairs or tiles that it works on together
+    OWN: tl.constexpr,  # lanes that sort own pairs, each its neighbours
     FEW: tl.constexpr,  # without slots; BLOCK is at least P
     COMPARED: tl.constexpr,  # most own pairs of slots that are compared each with each
     OVERLAP: tl.constexpr,
@@ -346,7 +336,7 @@ def align_kernel(
                     order, slots, inverse, segments, own, begin, compared, place, num_slots, TOP_K, COMPARED
                 )
             if count > compared:
-                row = _sort(order, slots, begin, count, lowest, highest, num_pairs, num_slots, TOP_K, SIZE)
+                row = _sort(order, slots, begin, count, lowest, highest, num_pairs, num_slots, TOP_K, OWN)
                 held = _write_sorted(
                     order, slots, inverse, segments, own, row, begin, count, sorts, num_pairs, num_slots, TOP_K, SIZE
                 )

@@ -91,6 +91,7 @@ def align_tensors(
         BM=tile_rows,
         BLOCK=block,
         SIZE=size,
+        OWN=32 * warps,
         FEW=few,
         COMPARED=_compared(pairs, block),
         OVERLAP=overlap,
@@ -115,13 +116,13 @@ def _compact(
 
 
 def _blocks(pairs: int, *, few: bool, slots: bool) -> tuple[int, int, int]:
-    """Pairs that a program looks at together, own pairs that it sorts together, and warps."""
+    """Pairs that a program looks at together, own pairs or tiles likewise, and warps."""
     block = max(16, 1 << (pairs - 1).bit_length())
     if few:
         return block, block, max(1, block * block // 1024)  # 32 comparisons a thread
     block = min(_BLOCK, block)
     warps = min(16, max(4, block // (64 if slots else 128)))
-    return block, (16 if slots else 32) * warps, warps  # 16 digits a thread
+    return block, 64 * warps, warps
 
 
 def _compared(pairs: int, block: int) -> int:
