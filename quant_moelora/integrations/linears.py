@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
 from quant_moelora.core.errors import AdapterError
@@ -29,7 +30,7 @@ def check_linears(model: nn.Module, adapter: Adapter, routers: Mapping[str, nn.M
     """Raise unless every other module of the adapter is a linear layer or router of the model, of its dimensions.
 
     Raises:
-        AdapterError: it is not.
+        AdapterError: it is not, or transformers has sharded it.
     """
     for name, factor in adapter.linears.items():
         module = routers.get(name) or _base_linear(model, name)
@@ -40,7 +41,15 @@ def check_linears(model: nn.Module, adapter: Adapter, routers: Mapping[str, nn.M
                 rule="modules of the model",
                 remedy="attach the adapter to the model it was trained on; embeddings are not served",
             )
-        rank, (n, k) = factor.a.shape[0], module.get_parameter("weight").shape
+        weight = module.get_parameter("weight")
+        if isinstance(weight, DTensor):
+            raise AdapterError(
+                f"adapter {adapter.path}",
+                got=f"LoRA on {name}, of which each process holds a part, by transformers' tensor parallel plan",
+                rule="LoRA on routed experts, and on linear layers that every process holds whole",
+                remedy="load the model with device_mesh= alone, which shares the experts and nothing else",
+            )
+        rank, (n, k) = factor.a.shape[0], weight.shape
         if (tuple(factor.a.shape), tuple(factor.b.shape)) != ((rank, k), (n, rank)):
             raise AdapterError(
                 f"LoRA of {name} in {adapter.path}",

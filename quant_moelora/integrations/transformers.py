@@ -34,6 +34,7 @@ from quant_moelora.distributed.mesh import ExpertMesh
 from quant_moelora.experts.registry import AUTO, select_backend
 from quant_moelora.integrations.attention import register_attention
 from quant_moelora.integrations.decode_graphs import DecodeGraphs
+from quant_moelora.integrations.parallel_plan import leave_out_experts, mesh_of_plan, part_of
 from quant_moelora.integrations.session import AdapterSession, with_adapter_names, with_adapter_rows
 from quant_moelora.kernels.grouped_gemm.table import tuned_folder
 from quant_moelora.layer import MoEExperts
@@ -200,6 +201,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         self.compileable = _OPERATORS.issuperset(self.load.backends)
         for spec in specs:
             _place(model, spec, FusedExperts(spec, self.session))
+        leave_out_experts(model, specs)
         missing = {rf"^{re.escape(name)}\.weight$" for name in self.load.linears}
         _ignore_keys(model, "missing", missing)
         _ignore_keys(model, "unexpected", {_EXPERT_KEYS, _QUANTIZED_KEYS})
@@ -230,6 +232,8 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         assert self.load is not None  # _process_model_before_weight_loading
         load, self.load = self.load, None  # the quantizer lives as long as the model, what it read need not
         load.check_shapes(model)
+        if self.mesh is None:
+            self.mesh = mesh_of_plan(model)
         pairs = zip(load.layers, load.backends, strict=True)
         workspaces: dict[torch.device, Workspace] = {}
         for layer, backend in tqdm(pairs, desc="Loading experts", unit="layer", total=len(load.layers), disable=None):
@@ -249,7 +253,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         with torch.no_grad():
             for name, linear in load.linears.items():
                 weight = model.get_submodule(name).get_parameter("weight")
-                weight.copy_(dequantize_linear(load.checkpoint, linear, weight.device))
+                weight.copy_(part_of(dequantize_linear(load.checkpoint, linear, weight.device), weight))
         if load.linears:
             logger.info("%d quantised linear layers beside the experts were dequantised", len(load.linears))
         model.forward = with_adapter_names(model.forward, self.session)
@@ -336,18 +340,20 @@ def from_pretrained(
         backend: experts backend, or ``auto``.
         tuned_configs: folder of tuned tiles; see `MoEExperts`.
         device_mesh: processes that share the experts of each layer; a `DeviceMesh` as of `ExpertMesh`, or one. Each
-            reads and holds its part of the experts, and all of the rest; all of them are given the same inputs.
+            reads and holds its part of the experts, and all of the rest; all of them are given the same inputs. None
+            for those of a plan among ``kwargs``, or for this process alone.
         revision: revision of a hub repository.
         token: token for a hub repository.
         cache_dir: where the hub's snapshots are kept.
         local_files_only: take the repository from that cache, as HF_HUB_OFFLINE in the environment does.
         subfolder: folder of the checkpoint within ``path``.
-        kwargs: passed to transformers. A ``config`` among them takes the place of config.json.
+        kwargs: passed to transformers. A ``config`` among them takes the place of config.json. By ``tp_plan`` or
+            ``distributed_config`` transformers shards the rest of the model, as its plan says.
 
     Raises:
         FormatError: a tensor is missing, misshapen or in contradiction to the config; nothing is returned half-loaded.
             Or there is no such checkpoint, or folder of tuned tiles.
-        UnsupportedError: a format, family or device map that is not served.
+        UnsupportedError: a format, family, device map or parallel plan that is not served.
         BackendError: no backend serves the model.
         DistributedError: processes do not load the same experts.
     """

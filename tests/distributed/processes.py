@@ -238,6 +238,15 @@ def whole_models(meshes: Meshes) -> dict[str, str]:
     return {"off": "" if max(off) < 100 * U else str(off), "changed": "" if changed > 1e-3 else str(changed)}
 
 
+def planned_models(rank: int, folder: Path) -> dict[str, Any]:
+    """Models spread by transformers' plans, which are for all processes that there are: two, before the others come."""
+    if rank > 1:
+        return {}
+    from tests.distributed import plans
+
+    return {"plans": plans.run(rank, folder, TIMEOUT)}
+
+
 def disagreements(meshes: Meshes) -> dict[str, str]:
     """What `agree` says of processes that differ, by what they differ in."""
     rank, line = dist.get_rank(), ExpertMesh(meshes.ep4)
@@ -300,11 +309,13 @@ def deaths(meshes: Meshes) -> dict[str, str]:
 def run(rank: int, folder: str) -> None:
     """One of the processes: do everything and leave what was found in ``folder``."""
     torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers would spread a model over GPUs that are there
+    found = planned_models(rank, Path(folder))
     store = dist.FileStore(f"{folder}/store", WORLD)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=TIMEOUT)
     line = {name: init_device_mesh("cpu", (WORLD,), mesh_dim_names=(name[:2],)) for name in ("tp4", "ep4")}
     meshes = Meshes(**line, square=init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp")))
-    found: dict[str, Any] = {name: compared(case, meshes.of(case.dims)) for name, case in CASES.items()}
+    found |= {name: compared(case, meshes.of(case.dims)) for name, case in CASES.items()}
     found["wrong"] = {
         name: compared(CASES[name], meshes.of(CASES[name].dims), wrong=True) for name in ("ep4-gather", "tp2-plain")
     }

@@ -12,6 +12,7 @@ from torch.multiprocessing.spawn import spawn
 
 from tests.distributed import processes
 from tests.distributed.processes import CASES, WORLD
+from tests.integrations.models import EFFECT, ROUNDING
 
 Found = list[dict[str, Any]]
 DEAD = 1  # the rank that ends first
@@ -39,6 +40,32 @@ def test_other_adapters_are_seen(found: Found) -> None:
 def test_a_model_that_two_processes_loaded(found: Found) -> None:
     """Base rows and an adapter's, of files that transformers and PEFT wrote."""
     assert [of_rank["models"] for of_rank in found[:2]] == [{"off": "", "changed": ""}] * 2
+
+
+@pytest.mark.parametrize("plan", ["tensor", "expert", "installed"])
+def test_a_model_under_a_plan_of_transformers(plan: str, found: Found) -> None:
+    """Logits, and tokens that are the same on both processes, with and without adapters that differ."""
+    for of_rank in found[:2]:
+        assert max(of_rank["plans"][plan]) < ROUNDING
+        assert min(of_rank["plans"]["adapters"]) > EFFECT
+
+
+def test_a_plan_shards_what_it_says_and_we_the_experts(found: Found) -> None:
+    attention = [f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkvo"]
+    assert [of_rank["plans"]["sharded"] for of_rank in found[:2]] == [[*attention, "model.layers.0.mlp.experts"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("attention adapter", r"AdapterError: .*LoRA on model.layers.0.self_attn.q_proj, .* device_mesh= alone"),
+        ("rule", r"UnsupportedError: tp_plan .*routed experts: model.layers.\*.mlp.experts,"),
+        ("fsdp", r"UnsupportedError: distributed_config: got fsdp_size=2,"),
+    ],
+)
+def test_what_a_plan_does_not_allow_is_refused(what: str, said: str, found: Found) -> None:
+    assert all(re.match(said, of_rank["plans"][what]) for of_rank in found[:2])
+    assert all(of_rank["plans"]["afterwards"] < ROUNDING for of_rank in found[:2]), "nothing was attached"
 
 
 @pytest.mark.parametrize(
