@@ -1,7 +1,7 @@
 """How tokens come to the processes that have their experts, and their outputs back: all-gather or all-to-all.
 
-A token travels as one row of bytes: x, its experts, their weights and its adapter, so that a process computes a token
-of another one with that token's adapter, whether or not its own tokens use it.
+A token travels with its experts, their weights and its adapter, so that a process computes a token of another one with
+that token's adapter, whether or not its own tokens use it.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class Tokens(NamedTuple):
                 rule=f"at most rows = {rows}",
                 remedy="make the layer with more rows, or with rows=None where no graph is captured",
             )
+        if not missing:
+            return self
         below = (0, 0, 0, missing)
         return Tokens(
             F.pad(self.x, below),

@@ -172,8 +172,8 @@ class DistributedExperts(MoEExperts):
     def _gathered(self, tokens: Tokens, rows: int) -> Tensor:  # (M, H)
         """`_exchanged` by all-gather, with as many rows of each process."""
         group = self._mesh_of_parts.ep
-        coming = [group.start_all_gather(piece.pack()) for piece in self._pieces(tokens.padded(rows))]
-        computed = (self._compute(tokens.unpack(group.arrived(piece))) for piece in coming)
+        coming = [group.start_all_gather(piece) for piece in self._pieces(tokens.padded(rows))]
+        computed = (self._compute(Tokens(*map(group.arrived, piece))) for piece in coming)
         return _joined(group, [group.start_reduce_scatter(y) for y in computed])[: tokens.x.shape[0]]
 
 

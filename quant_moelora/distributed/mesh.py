@@ -53,14 +53,16 @@ class Group:
         x: Tensor,  # (n, ...), of one shape everywhere
     ) -> Tensor:  # (size * n, ...)
         """What all processes have, one after the other."""
-        return self.arrived(self.start_all_gather(x))
+        return x if self.size == 1 else self.arrived(_ops.all_gather_into_tensor(x.contiguous(), self.size, self.name))
 
     def start_all_gather(
         self,
-        x: Tensor,  # (n, ...), of one shape everywhere
-    ) -> Tensor:  # (size * n, ...)
-        """`all_gather`, to be given to `arrived` before it is read."""
-        return x if self.size == 1 else _ops.all_gather_into_tensor(x.contiguous(), self.size, self.name)
+        tensors: Sequence[Tensor],  # each (n, ...), of one shape everywhere
+    ) -> Sequence[Tensor]:  # each (size * n, ...)
+        """`all_gather` of several tensors at once, each to be given to `arrived` before it is read."""
+        if self.size == 1:
+            return tensors
+        return _ops.all_gather_into_tensor_coalesced([x.contiguous() for x in tensors], self.size, self.name)
 
     def start_reduce_scatter(
         self,

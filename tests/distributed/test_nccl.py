@@ -32,5 +32,5 @@ def test_graphs_follow_tokens_and_adapters(name: str, found: Found) -> None:
     assert [of_rank[f"graph of {name}"] for of_rank in found] == [""] * len(found)
 
 
-def test_generate_with_graphs_on_all_of_them(found: Found) -> None:
+def test_whole_models(found: Found) -> None:
     assert [of_rank["models"] for of_rank in found] == [""] * len(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quant_moelora.kernels.align.launch import _blocks, _compared
+from quant_moelora.kernels.align.launch import _blocks, _compared, _lanes
 from quant_moelora.kernels.common.launch import options
 from tests.kernels.compiled import disassembled
 from tests.kernels.sass import Program
@@ -28,7 +28,7 @@ def compiled(pairs: int, lora: bool, capability: int) -> tuple[int, int, Program
         "BM": 16,
         "BLOCK": block,
         "SIZE": size,
-        "OWN": 32 * warps,
+        "OWN": _lanes(pairs, warps),
         "FEW": few,
         "COMPARED": _compared(pairs, block),
         "OVERLAP": overlap,

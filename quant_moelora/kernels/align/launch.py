@@ -91,7 +91,7 @@ def align_tensors(
         BM=tile_rows,
         BLOCK=block,
         SIZE=size,
-        OWN=32 * warps,
+        OWN=_lanes(pairs, warps),
         FEW=few,
         COMPARED=_compared(pairs, block),
         OVERLAP=overlap,
@@ -122,7 +122,12 @@ def _blocks(pairs: int, *, few: bool, slots: bool) -> tuple[int, int, int]:
         return block, block, max(1, block * block // 1024)  # 32 comparisons a thread
     block = min(_BLOCK, block)
     warps = min(16, max(4, block // (64 if slots else 128)))
-    return block, 64 * warps, warps
+    return block, (64 if pairs > _BLOCK else 32) * warps, warps
+
+
+def _lanes(pairs: int, warps: int) -> int:
+    """Lanes that sort own pairs: fewer where there are few pairs, since lanes have to be added up."""
+    return min(256, 32 * warps) if pairs <= _BLOCK else 32 * warps
 
 
 def _compared(pairs: int, block: int) -> int:
