@@ -15,12 +15,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: $(VENV)/.installed
 	$(BIN)/quant-moelora demo
 
-# Two halves at a time, each of which keeps a core busy; kernels are interpreted by processes of their own.
-BESIDE := tests/test_interpreted.py tests/loaders tests/lora
+# Processes of one thread each. Triton reads TRITON_INTERPRET when it is imported: interpreted tests have their own.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 test: static
-	@$(BIN)/python -m pytest -q $(BESIDE) >$(VENV)/beside.log 2>&1 & beside=$$!; \
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(BESIDE)); here=$$?; \
-	wait $$beside; there=$$?; cat $(VENV)/beside.log; exit $$((here || there))
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/launched
 
 check: static
 	$(BIN)/python -m pytest -q tests/test_layering.py

@@ -50,7 +50,10 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # without the stack traces that torch would keep for devices that may start later
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

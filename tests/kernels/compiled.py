@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import subprocess
 import tempfile
-import warnings
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -59,7 +55,6 @@ SCHEMES = [
     for bits, group, symmetric in itertools.product((4, 8), (32, 64, 128), (True, False))
 ]
 DTYPES = (torch.bfloat16, torch.float16)
-T = TypeVar("T")
 _LONG = 9  # steps, from which on a loop is a loop whatever the compiler thinks of its length
 
 
@@ -197,14 +192,17 @@ def all_specs(capability: int) -> dict[str, list[GemmSpec]]:
 
 
 def sample(capability: int) -> list[GemmSpec]:
-    """Every tile of every model, with and without the activation: in the main scheme and, in turn, in another one."""
+    """Every tile of every model: in the main scheme with and without the activation, and once in another scheme.
+
+    A scheme is met in the loops and an activation behind them, so that these need not be crossed.
+    """
     main: dict[object, GemmSpec] = {}
     other: dict[object, GemmSpec] = {}
     forms = itertools.cycle((s, d) for d in reversed(DTYPES) for s in SCHEMES if s != MAIN_SCHEME)
     for gpu, shape, tokens in itertools.product(gpus(capability), SHAPES.values(), TOKENS):
         for kept, form in ((main, (MAIN_SCHEME, torch.bfloat16)), (other, next(forms))):
             for spec in layer_specs(shape, tokens, *form, gpu):
-                kept.setdefault((spec.tile, spec.activation != ""), spec)
+                kept.setdefault((spec.tile, kept is main and spec.activation != ""), spec)
     return list(dict.fromkeys((*main.values(), *other.values())))
 
 
@@ -229,19 +227,7 @@ class Compiled:
 
 def compiled(specs: list[GemmSpec], capability: int) -> list[Compiled]:
     """Compile each for a compute capability (90 for sm_90)."""
-    return on_all_processors(_compile, specs, itertools.repeat(capability))
-
-
-def on_all_processors(function: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
-    """`map`, in processes that compile."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_set_up) as workers:
-        return list(workers.map(function, *arguments))
-
-
-def _set_up() -> None:
-    """No interpreter; what the compiler warns of is an error."""
-    os.environ.pop("TRITON_INTERPRET", None)
-    warnings.simplefilter("error")
+    return [_compile(spec, capability) for spec in specs]
 
 
 def _compile(spec: GemmSpec, capability: int) -> Compiled:

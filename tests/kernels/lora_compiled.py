@@ -18,7 +18,7 @@ from quant_moelora.kernels.grouped_gemm.spec import GemmSpec
 from quant_moelora.kernels.lora import launch as lora
 from quant_moelora.kernels.lora.launch import LoRATables, Rider
 from quant_moelora.kernels.lora.spec import LoRASpec
-from tests.kernels.compiled import MAIN_SCHEME, SHAPES, Gpu, disassembled, on_all_processors, prepared_layer, stands_for
+from tests.kernels.compiled import MAIN_SCHEME, SHAPES, Gpu, disassembled, prepared_layer, stands_for
 from tests.kernels.sass import Program
 
 _SLOTS = 8
@@ -80,7 +80,7 @@ class Launched:
 
 def launched(cases: list[Case]) -> list[list[Launched]]:
     """All launches of each forward that LoRA has a part in; what rides along also as a launch of its own."""
-    return on_all_processors(_launched, cases)
+    return [_launched(case) for case in cases]
 
 
 class _Driver:
@@ -102,11 +102,9 @@ class _Driver:
 
 
 def _launched(case: Case) -> list[Launched]:
-    """As `launched`, of one forward, in a process that has no other driver."""
+    """As `launched`, of one forward."""
     from triton.runtime import driver
 
-    stand_in: Any = _Driver(case.gpu)
-    driver.set_active(stand_in)
     found: list[Launched] = []
 
     def record(kernel: Any, grid: tuple[int, ...], out: Tensor, *arguments: Any, **named: Any) -> None:
@@ -123,6 +121,7 @@ def _launched(case: Case) -> list[Launched]:
 
     with ExitStack() as patches:
         patches.enter_context(stands_for(case.gpu))
+        patches.enter_context(patch.object(driver, "_active", _Driver(case.gpu)))
         patches.enter_context(
             patch.multiple(lora, overlaps=lambda _: case.gpu.overlaps, is_interpreted=lambda _: False)
         )

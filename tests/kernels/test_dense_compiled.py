@@ -13,7 +13,7 @@ import torch
 from quant_moelora.kernels.common.launch import options
 from quant_moelora.kernels.dense_gemm.config import DenseSpec, choose_tile, shared_bytes
 from quant_moelora.kernels.grouped_gemm.spec import Tile
-from tests.kernels.compiled import SHAPES, TOKENS, Compiled, disassembled, on_all_processors
+from tests.kernels.compiled import SHAPES, TOKENS, Compiled, disassembled
 
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # of a block: CUDA C++ Programming Guide
 HEIGHTS = {16: 1, 32: 2, 64: 3, 128: 4}  # of a tile: it, and all lower powers of two from 16 on
@@ -104,7 +104,7 @@ def check(asked: list[DenseSpec], capability: int) -> None:
     """Compile, in both dtypes in turn, and collect what is wrong with any."""
     pytest.importorskip("triton")
     dtypes = itertools.cycle((torch.bfloat16, torch.float16))
-    each = on_all_processors(_compile, asked, itertools.repeat(capability), dtypes)
+    each = [_compile(spec, capability, dtype) for spec, dtype in zip(asked, dtypes, strict=False)]
     wrong = [
         f"Triton {version('triton')}, sm_{capability}: {fault}; {spec}"
         for spec, found in zip(asked, each, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -210,6 +211,7 @@ def marlin_layer(experts: MoEExperts) -> MarlinLayer:
     return experts._prepared.layer
 
 
+@functools.cache
 def calls(tokens: int, *, lora: bool, act_order: bool) -> dict[str, tuple[tuple[Any, Any], tuple[Any, ...]]]:
     """Each operator and its twin, with arguments; every pair has an expert, so that every row is written.
 
