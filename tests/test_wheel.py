@@ -6,8 +6,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,10 +22,22 @@ SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "quant_moelora")
 NOT_SHIPPED = ("kernels", "loaders", "tests", "benchmarks")
 # A table of tiles that the build gets beside those that are shipped.
 TABLE = "quant_moelora/kernels/grouped_gemm/tuned/Some_GPU.json"
-READ_TABLE = """
+# Commands as `python -m quant_moelora.cli` runs them, all in one process, since imports take longer than they do.
+RUN_COMMANDS = """
+import contextlib, io, json, runpy, sys
+import quant_moelora
 from quant_moelora.kernels.grouped_gemm.table import tuned_tiles
 ((shape, tiles),) = tuned_tiles(None, "Some GPU").layers.items()
-print(shape.num_experts, tiles[8].w2.bn)
+said = {"file": quant_moelora.__file__, "table": [shape.num_experts, tiles[8].w2.bn]}
+for name, arguments in json.loads(sys.argv[1]).items():
+    sys.argv[1:] = arguments
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            runpy.run_module("quant_moelora.cli", run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, (name, end.code)
+    said[name] = out.getvalue()
+print(json.dumps(said))
 """
 
 pytestmark = pytest.mark.slow
@@ -71,25 +84,28 @@ def some_table() -> Table:
     return Table("Some GPU", (9, 0), LAYOUT, shape, Provenance("", "", "", "", "", ""), (entry,))
 
 
-@dataclass(frozen=True)
-class Installed:
-    """The wheel unpacked into a folder, with the dependencies of the running interpreter."""
-
-    target: Path
-    elsewhere: Path  # an empty folder to run in
-
-    def python(self, *arguments: str | Path) -> str:
-        """Run python where the installed package is found before the checkout, without a network."""
-        env = {"PYTHONPATH": str(self.target), "HF_HUB_OFFLINE": "1"}
-        return run(*arguments, cwd=self.elsewhere, env=env)
+@pytest.fixture(scope="module")
+def target(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder into which pip installed the wheel, without its dependencies: the running interpreter has them."""
+    target = tmp_path_factory.mktemp("target")
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel, cwd=target)
+    return target
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """The wheel as pip installs it."""
-    target, elsewhere = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("elsewhere")
-    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel, cwd=elsewhere)
-    return Installed(target, elsewhere)
+def said(target: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the installed package says in an empty folder, found before the checkout, without a network."""
+    demo = target / "quant_moelora" / "data" / "demo"
+    adapter, model = f"a={demo / 'adapters' / 'novel'}", str(demo / "model")
+    commands = {
+        "help": ["--help"],
+        "inspect": ["inspect", model, "--json"],
+        "generate": ["generate", "--model", model, "--adapter", adapter, "--prompt", "a=It is"],
+        "demo": ["demo"],
+    }
+    env = {"PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    return json.loads(run("-c", RUN_COMMANDS, json.dumps(commands), cwd=elsewhere, env=env))
 
 
 def test_wheel_holds_each_file_once(wheel: Path) -> None:
@@ -106,29 +122,16 @@ def test_wheel_holds_each_file_once(wheel: Path) -> None:
     assert packed == expected
 
 
-def test_import_comes_from_the_wheel(installed: Installed) -> None:
-    where = installed.python("-c", "import quant_moelora; print(quant_moelora.__file__)").strip()
-    assert Path(where) == installed.target / "quant_moelora" / "__init__.py"
+def test_import_comes_from_the_wheel(said: dict[str, Any], target: Path) -> None:
+    assert Path(said["file"]) == target / "quant_moelora" / "__init__.py"
 
 
-def test_tables_of_the_wheel_are_read(installed: Installed) -> None:
-    assert installed.python("-c", READ_TABLE).split() == ["4", "64"]
+def test_tables_of_the_wheel_are_read(said: dict[str, Any]) -> None:
+    assert said["table"] == [4, 64]
 
 
-def test_help(installed: Installed) -> None:
-    assert "demo" in installed.python("-m", "quant_moelora.cli", "--help")
-
-
-def test_inspect_of_the_packaged_model(installed: Installed) -> None:
-    model = installed.target / "quant_moelora" / "data" / "demo" / "model"
-    json.loads(installed.python("-m", "quant_moelora.cli", "inspect", model, "--json"))
-
-
-def test_generate(installed: Installed) -> None:
-    demo = installed.target / "quant_moelora" / "data" / "demo"
-    options = ("--model", str(demo / "model"), "--adapter", f"a={demo / 'adapters' / 'novel'}", "--prompt", "a=It is")
-    assert "[a] It is -> " in installed.python("-m", "quant_moelora.cli", "generate", *options)
-
-
-def test_demo(installed: Installed) -> None:
-    assert installed.python("-m", "quant_moelora.cli", "demo").strip()
+def test_commands(said: dict[str, Any]) -> None:
+    assert "demo" in said["help"]
+    json.loads(said["inspect"])
+    assert "[a] It is -> " in said["generate"]
+    assert said["demo"].strip()
