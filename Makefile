@@ -27,7 +27,7 @@ check: static
 static: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --warnings --pythonpath $(BIN)/python
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --threads 2 --warnings --pythonpath $(BIN)/python
 
 gpu:
 	$(PYTHON) -m pytest tests -m gpu -q
@@ -37,7 +37,7 @@ multi-gpu:
 
 # Another Triton lies in a folder of its own, without what it depends on: only its compiler is wanted.
 compile-all: $(VENV)/.installed-test $(if $(TRITON),$(VENV)/triton-$(TRITON))
-	PYTHONPATH=$(if $(TRITON),$(VENV)/triton-$(TRITON)) $(BIN)/python -m pytest -m compile_all -v tests/kernels
+	PYTHONPATH=$(if $(TRITON),$(VENV)/triton-$(TRITON)) $(BIN)/python -m pytest -n logical -m compile_all -v tests/kernels
 
 $(VENV)/triton-%: $(VENV)/.installed-test
 	rm -rf $@

@@ -52,7 +52,8 @@ PACKED: dict[int, PackedWeight] = {}  # what the tuner's weights were made from,
 
 def make(tokens: int, *, symmetric: bool = True, act_order: bool = False) -> tune.Point:
     scheme = QuantScheme(4, 64, symmetric, DTYPE)
-    problem = tune.Problem(blank_info(EXPERTS, HIDDEN, INTER, scheme), TOP_K, DTYPE)
+    experts = 3 if INTERPRETED and tokens > 1 else EXPERTS  # fewer tiles, but pairs fewer than experts are not sorted
+    problem = tune.Problem(blank_info(experts, HIDDEN, INTER, scheme), TOP_K, DTYPE)
     return tune.Point(tune.Weights(problem.with_act_order() if act_order else problem, DEVICE), tokens)
 
 
