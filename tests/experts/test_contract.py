@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -105,7 +104,7 @@ class Case:
 
 def serve_or_skip(backend: ExpertsBackend, info: MoEQuantInfo, device: torch.device, dtype: torch.dtype) -> None:
     """Skip with the backend's reasons; fail where a backend declines what it is there for."""
-    verdict = backend.supports(info, device, dtype, lora=True)
+    verdict = backend.supports(info.to("meta"), device, dtype, lora=True)
     serves = {
         "reference": True,
         "cpu": device.type == "cpu" and isinstance(info.w13, PackedWeight),
@@ -115,13 +114,6 @@ def serve_or_skip(backend: ExpertsBackend, info: MoEQuantInfo, device: torch.dev
     assert verdict.ok == serves.get(backend.name, verdict.ok), verdict.reasons
     if not verdict.ok:
         pytest.skip("; ".join(verdict.reasons))
-
-
-@functools.cache
-def without_memory(quant: QuantScheme | torch.dtype, **options: Any) -> MoEQuantInfo:
-    """Such a layer's info on the meta device, all that a verdict needs: every other case is declined."""
-    with torch.random.fork_rng([]):
-        return layer(quant, **options).info.to("meta")
 
 
 def make(
@@ -134,9 +126,8 @@ def make(
 ) -> Case:
     """A case, or a skip with the backend's reasons if it declines what it may decline."""
     experts, hidden, inter, tokens, top_k = dims
-    options |= {"experts": experts, "hidden": hidden, "inter": inter}
-    serve_or_skip(backend, without_memory(quant, **options), device, dtype)
-    built = layer(quant, **options)
+    built = layer(quant, experts=experts, hidden=hidden, inter=inter, **options)
+    serve_or_skip(backend, built.info, device, dtype)
     module = MoEExperts(built.info.to(device), backend.name)
     return Case(built, module, torch.randn(tokens, hidden).to(dtype), routing(tokens, top_k, experts), device)
 
@@ -335,7 +326,7 @@ def test_deltas_are_added_in_float32(backend: ExpertsBackend, dtype: torch.dtype
     Only the delta of down is rounded once by itself on a GPU, since kernels store it between two launches.
     """
     info, values = plain_layer()
-    serve_or_skip(backend, info.to("meta"), device, dtype)
+    serve_or_skip(backend, info, device, dtype)
     up_to_w13 = adapter(info, dtype, ranks={"gate": 3, "up": 4}, scaling=0.1)
     down_only = adapter(info, dtype, ranks={"down": 5}, scaling=0.1)
     experts = MoEExperts(info.to(device), backend.name)
