@@ -32,6 +32,7 @@ from benchmarks.moe_case import DTYPE, GROUP, SHAPES, Shape, random_info
 from benchmarks.moe_lora import compile_layer
 from benchmarks.record import provenance, write_rows
 from quant_moelora.core.quant_info import MoEQuantInfo
+from quant_moelora.core.shard import ParallelConfig, Shard
 from quant_moelora.core.weights import PackedWeight
 from quant_moelora.distributed.cost import LayerCost, expected_targets, layer_cost
 from quant_moelora.distributed.exchange import Tokens
@@ -44,7 +45,7 @@ from quant_moelora.layer import MoEExperts
 
 BITS = 4
 LEAST = 1024  # tokens of a piece
-TINY = {"tiny": Shape(8, 2, 256, 512)}
+TINY = {"tiny": Shape(8, 2, 256, 640)}
 TIMEOUT = timedelta(minutes=8)  # of a collective: one process compiles for all
 COLUMNS = (
     "shape bits gpus way m adapters rank p20_us p50_us p80_us comm_us one_us efficiency model_comm_us copies launches"
@@ -72,17 +73,23 @@ class Way:
         """Whether CUDA graphs capture it."""
         return self.exchange != "all_to_all"
 
-    def part(self, shape: Shape, processes: int) -> Shape:
-        """What one process holds, evenly parted."""
-        if self.dim == "tp":
-            return replace(shape, inter=shape.inter // processes)
-        return replace(shape, experts=shape.experts // processes)
+    def parts(self, shape: Shape, processes: int) -> list[Shape]:
+        """What the processes hold."""
+        sizes = {f"{self.dim}_size": processes}
+        configs = [ParallelConfig(**sizes, **{f"{self.dim}_rank": rank}) for rank in range(processes)]
+        return [held_of(shape, config)[1] for config in configs]
 
     def rows(self, tokens: int, processes: int, top_k: int) -> int:
         """Tokens that one process computes, of ``tokens`` of each."""
         if self.exchange == "all_to_all":
             return math.ceil(tokens * expected_targets(top_k, processes))
         return tokens * processes
+
+
+def held_of(shape: Shape, config: ParallelConfig) -> tuple[Shard, Shape]:
+    """What a process holds of a layer."""
+    held = config.shard(shape.experts, shape.inter, GROUP)
+    return held, replace(shape, experts=held.experts.size, inter=held.inter.size)
 
 
 WAYS = {
@@ -215,12 +222,10 @@ def measure(
 ) -> dict[str, Any]:
     """Times of a way, with and without its experts."""
     shape, tp = bench.shapes[name], way.dim == "tp"
-    part = way.part(shape, bench.processes)
-    held = mesh.config.shard(shape.experts, shape.inter, GROUP)
-    info, copies = (
-        replace(_random(part, str(bench.device)), shard=held),
-        bench.copies(part, way.rows(tokens, bench.processes, 1)),
-    )
+    held, part = held_of(shape, mesh.config)
+    info = replace(_random(part, str(bench.device)), shard=held)
+    first = way.parts(shape, bench.processes)[0]  # so that all make as many copies
+    copies = bench.copies(first, way.rows(tokens, bench.processes, 1))
     rows = tokens if way.exchange == "all_gather" else None
     own = tokens * (bench.processes if tp else 1)
     options: dict[str, Any] = {"exchange": way.exchange, "rows": rows}
@@ -252,7 +257,8 @@ def compile_all(args: argparse.Namespace, bench: Bench, adapters: Adapters) -> N
         shape = bench.shapes[name]
         kinds[shape, tokens] = None
         for way in (WAYS[name] for name in args.ways):
-            kinds[way.part(shape, bench.processes), way.rows(tokens, bench.processes, shape.top_k) // way.pieces] = None
+            rows = way.rows(tokens, bench.processes, shape.top_k) // way.pieces
+            kinds.update(dict.fromkeys((part, rows) for part in way.parts(shape, bench.processes)))
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
         ordered = sorted(kinds, key=lambda kind: -kind[1])
         works = {pool.submit(compile_layer, *kind, adapters): kind for kind in ordered}

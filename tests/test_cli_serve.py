@@ -21,7 +21,7 @@ from quant_moelora.cli.openai_api import Engine, create_app, sampling_config
 from quant_moelora.integrations.continuous import continuous_batching
 from quant_moelora.integrations.session import BASE_NAME
 from tests.commands import Command
-from tests.integrations.models import GPTQ, A, B, folder_of, load
+from tests.integrations.models import GPTQ, A, B, finest, folder_of, load
 
 PROMPT = "t69 t250 t133"
 NEW = 6
@@ -33,7 +33,7 @@ class Server:
     """A model that is served within this process."""
 
     def __init__(self, device: torch.device) -> None:
-        self.model = load(GPTQ, device_map=device.type)
+        self.model = load(GPTQ, device_map=device.type, dtype=finest(device))
         qm.attach_adapters(self.model, {"a": A, "b": B})
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder_of(GPTQ))
         self.batches: list[int] = []

@@ -22,6 +22,9 @@ from quant_moelora.distributed.mesh import ExpertMesh, Group, TensorParallelRank
 from quant_moelora.experts.registry import AUTO
 from quant_moelora.layer import MoEExperts
 
+# What an H200 takes from others by NVLink during the 1.2 ms that an all-to-all needs on the host, at any size
+# (benchmarks/NOTES.md, "Several GPUs"): 220 GB/s.
+_SPARED_BYTES = 256 << 20
 Exchange = Literal["none", "all_gather", "all_to_all", "auto"]
 
 
@@ -38,7 +41,7 @@ class DistributedExperts(MoEExperts):
     * ``all_gather``: each process has its own; all get all, and outputs are reduced and scattered. With ``rows`` it
       has one shape and waits for nothing, so that CUDA graphs capture it and `torch.compile` makes one graph of it.
     * ``all_to_all``: each token goes only where it has an expert, which the host has to know.
-    * ``auto``: whichever of the last two moves fewer rows, forward by forward; ``all_gather`` if ``rows`` is given.
+    * ``auto``: ``all_gather``, unless ``all_to_all`` spares a process more than 256 MiB and ``rows`` is not given.
 
     With ``microbatch_rows`` a forward of twice as many tokens and more is computed piece by piece, and collectives of a
     piece run on the GPU beside the experts of another. Each piece reads all weights once more.
@@ -161,8 +164,8 @@ class DistributedExperts(MoEExperts):
             return self._gathered(tokens, self._rows)
         needed = owners(tokens.ids, self._spans)
         traffic = Traffic.of(group, needed)
-        fewer = traffic.exchanged_rows < traffic.gathered_rows
-        if self._exchange == "all_gather" or (self._exchange == "auto" and not fewer):
+        spared = (traffic.gathered_rows - traffic.exchanged_rows) * tokens.x.shape[1] * tokens.x.itemsize
+        if self._exchange == "all_gather" or (self._exchange == "auto" and spared <= _SPARED_BYTES):
             return self._gathered(tokens, max(traffic.tokens))
         arrived, delivery = deliver(tokens, needed, traffic, group)
         out = collect(self._compute(arrived), delivery, group)

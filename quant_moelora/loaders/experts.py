@@ -92,8 +92,7 @@ def load_layer(
     device, spec = torch.device(device), layer.spec
     on_cpu = device.type == "cpu"
     if isinstance(layer, PackedFormat):
-        info = _read_packed(checkpoint, layer, device)
-        return info if shard is None else info.part(shard)
+        return _read_packed(checkpoint, layer, device, shard)
     scheme = layer.scheme("down")
     unit = math.lcm(packing.TILE, (scheme and scheme.group_size) or 1)  # as of `MoEQuantInfo.inter_unit`
     held = (shard or ParallelConfig()).shard(spec.num_experts, spec.intermediate_size, unit)
@@ -114,13 +113,16 @@ def load_layer(
     return replace(info, source_order=layer.source_order, router_weight=spec.router_weight, shard=shared)
 
 
-def _read_packed(checkpoint: Checkpoint, layer: PackedFormat, device: torch.device) -> MoEQuantInfo:
-    """A layer of the packed form as it is."""
-    tensors = {name: _to_device([checkpoint.read(h.key, h.part)], device)[0] for name, h in layer.tensors.items()}
-    if device.type != "cpu":
-        return layer.info(tensors)
-    # These are the mapped files, which may be overwritten, by saving the model into its own folder.
-    return layer.info({name: tensor.clone() for name, tensor in tensors.items()})
+def _read_packed(
+    checkpoint: Checkpoint, layer: PackedFormat, device: torch.device, shard: ParallelConfig | None
+) -> MoEQuantInfo:
+    """A layer of the packed form as it is, or a process's part of it."""
+    mapped = {name: checkpoint.read(h.key, h.part) for name, h in layer.tensors.items()}
+    if shard is not None:  # copies, so that nothing else is read
+        return layer.info(mapped).part(shard).to(device)
+    if device.type == "cpu":  # what is mapped may be overwritten, by saving the model into its own folder
+        return layer.info({name: tensor.clone() for name, tensor in mapped.items()})
+    return layer.info({name: tensor.to(device) for name, tensor in mapped.items()})
 
 
 class _Reader(NamedTuple):

@@ -160,7 +160,7 @@ def replayed(case: Case, device: torch.device) -> str:
     captured.attach(held.contexts[0])
     kept: list[Tensor] = []
     graph = graph_of([lambda: kept.append(captured(*static))])
-    out, answers = kept[-1], list[Tensor]()
+    out, answers, wrong = kept[-1], list[Tensor](), list[str]()
     for seed in range(3):
         for name, of in factors(whole, 10 * seed).items():
             held.replace(name, {0: of})
@@ -169,10 +169,14 @@ def replayed(case: Case, device: torch.device) -> str:
         out.fill_(torch.nan)
         graph.replay()
         eager.attach(bank_of(part, whole, 10 * seed).contexts[0])
-        if not same_bits(out, eager(*static)):
-            return f"replay {seed} has other bits than eager mode"
+        # NCCL may add up the parts of more than two processes in another order when it is captured.
+        expected = eager(*static)
+        alike = same_bits(out, expected) if dist.get_world_size() == 2 else relative(out, expected) < ROUNDINGS
+        wrong += [] if alike else [f"replay {seed} is not what eager mode computes"]
         answers.append(out.clone())
-    return "" if not same_bits(answers[0], answers[1]) else "nothing changed"
+    if same_bits(answers[0], answers[1]):
+        wrong.append("nothing changed")
+    return ", ".join(wrong)
 
 
 def whole_models(device: torch.device) -> str:

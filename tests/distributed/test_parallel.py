@@ -31,6 +31,11 @@ def test_a_layer_in_parallel_is_the_layer(name: str, found: Found) -> None:
     assert [of_rank[name] for of_rank in found] == [""] * WORLD
 
 
+def test_auto_takes_what_all_processes_gain_by(found: Found) -> None:
+    """Also the process without tokens."""
+    assert [of_rank["auto"] for of_rank in found] == [[("", True), ("", False)]] * WORLD
+
+
 def test_other_adapters_are_seen(found: Found) -> None:
     """The bounds tell another adapter apart, on the process whose tokens use it."""
     assert "outputs are off" in found[0]["wrong"]["ep4-gather"]

@@ -51,6 +51,11 @@ def folder_of(name: str) -> Path:
     return GOLDEN / "checkpoints" / name
 
 
+def finest(device: torch.device) -> torch.dtype:
+    """The finest dtype that the backends of a device take which serve in earnest."""
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
 def golden_logits(name: str) -> tuple[Tensor, Tensor]:
     """input_ids and float32 logits of a checkpoint, or of an adapter given as ``adapters/NAME``."""
     below = GOLDEN if name.startswith("adapters/") else GOLDEN / "checkpoints"
@@ -59,8 +64,8 @@ def golden_logits(name: str) -> tuple[Tensor, Tensor]:
 
 
 def load(name: str | Path, **kwargs: Any) -> Any:
-    """A model in float32 unless a dtype is given; on a GPU in float16, the finest that kernels take."""
-    kwargs.setdefault("dtype", torch.float16 if "cuda" in str(kwargs.get("device_map")) else torch.float32)
+    """A model in float32 unless a dtype is given."""
+    kwargs.setdefault("dtype", torch.float32)
     return from_pretrained(name if isinstance(name, Path) else folder_of(name), **kwargs)
 
 

@@ -15,7 +15,7 @@ from quant_moelora.core.errors import AdapterError, UnsupportedError
 from quant_moelora.integrations.continuous import AdapterRequests, continuous_batching
 from quant_moelora.integrations.session import BASE_NAME
 from tests.adapters import attention_lora, fused_lora, linear_lora, write_adapter
-from tests.integrations.models import FUSED, GPTQ, QWEN, generate, load, random_ids
+from tests.integrations.models import FUSED, GPTQ, QWEN, finest, generate, load, random_ids
 
 NEW = 5
 GREEDY = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Any
         tensors = fused_lora(QWEN, seed=seed) | attention_lora({"q_proj": (128, 128), "v_proj": (64, 128)}, seed=seed)
         tensors |= linear_lora("model.layers.0.mlp.gate", 8, 128, seed=40 + seed)
         folders[name] = write_adapter(root / name, tensors, target_parameters=[*FUSED, "mlp.gate.weight"])
-    loaded = load(GPTQ, device_map=device.type)
+    loaded = load(GPTQ, device_map=device.type, dtype=finest(device))
     qm.attach_adapters(loaded, folders)
     return loaded
 
