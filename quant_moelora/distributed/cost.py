@@ -18,7 +18,7 @@ _SLOT_BYTES = 4
 
 @dataclass(frozen=True)
 class Links:
-    """What connects GPUs.
+    """What connects GPUs. Inside a machine, what was measured between two H200s (benchmarks/NOTES.md, "Several GPUs").
 
     Attributes:
         machine_gpus: GPUs of one machine.
@@ -26,13 +26,15 @@ class Links:
         outer_gbps: the same between machines.
         latency_us: of a collective inside a machine.
         outer_latency_us: of a collective that leaves it.
+        counting_us: what an all-to-all takes on the host, which counts its rows.
     """
 
     machine_gpus: int = 8
-    inner_gbps: float = 370.0
+    inner_gbps: float = 230.0
     outer_gbps: float = 45.0
     latency_us: float = 15.0
     outer_latency_us: float = 40.0
+    counting_us: float = 1200.0
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def _exchange(layer: LayerCost, tokens: int, tp: int, ep: int, exchange: Exchang
         rows = tokens * expected_targets(layer.top_k, ep) / ep
         inside, outside = rows * (near - 1) * both, rows * (ep - near) * both
         time = max(inside / links.inner_gbps, outside / links.outer_gbps) / 1e3
-        return inside + outside, time + 3 * latency  # and how many rows there are
+        return inside + outside, time + 3 * latency + links.counting_us
     # A ring passes each link once, so that the slowest one counts.
     if exchange == "all_gather":
         moved, collectives = (ep - 1) * tokens * both, 2

@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import distributed_report
 from benchmarks.distributed_cost import table
 from quant_moelora.core.errors import ShapeError
 from quant_moelora.distributed.cost import GPU, LayerCost, Links, active_experts, expected_targets, layer_cost
 
 LAYER = LayerCost(experts=16, top_k=4, hidden=1000, inter=512)
 TOKEN, OUT = 2000 + 4 * 8 + 4, 2000  # x, four pairs and a slot; an output
-LINKS = Links(machine_gpus=4, inner_gbps=100.0, outer_gbps=10.0, latency_us=5.0, outer_latency_us=20.0)
+LINKS = Links(
+    machine_gpus=4, inner_gbps=100.0, outer_gbps=10.0, latency_us=5.0, outer_latency_us=20.0, counting_us=70.0
+)
 
 
 def test_expected_numbers() -> None:
@@ -59,7 +62,7 @@ def test_what_leaves_a_machine_takes_the_slow_links() -> None:
     """Of 8 processes 4 are on other machines; of all-to-all only their rows, of a ring everything passes there."""
     routed = layer_cost(LAYER, 1000, ep=8, exchange="all_to_all", links=LINKS)
     rows = 1000 * expected_targets(4, 8) / 8
-    assert routed.exchange_us == pytest.approx(4 * rows * (TOKEN + OUT) / 10e3 + 3 * 20)
+    assert routed.exchange_us == pytest.approx(4 * rows * (TOKEN + OUT) / 10e3 + 3 * 20 + 70)
     gather = layer_cost(LAYER, 1000, ep=8, exchange="all_gather", links=LINKS)
     assert gather.exchange_us == pytest.approx(7000 * (TOKEN + OUT) / 10e3 + 2 * 20)
 
@@ -77,6 +80,9 @@ def test_what_makes_no_sense_is_refused() -> None:
         layer_cost(LAYER, 0)
 
 
-def test_the_table_of_the_documentation() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
+def test_the_tables_of_the_documentation() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "distributed.md").read_text(encoding="utf-8")
     assert "\n".join(table()) in text, "python -m benchmarks.distributed_cost"
+    found = distributed_report.read([root / "benchmarks" / "results" / "distributed-h200.csv"])
+    assert distributed_report.table(found) in text, "python -m benchmarks.distributed_report"
