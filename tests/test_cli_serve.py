@@ -185,13 +185,21 @@ def test_the_command_serves_what_it_loads(command: Command, monkeypatch: pytest.
 
         served.append((host, port, [model["id"] for model in asyncio.run(ask()).json()["data"]]))
 
+    sizes: list[tuple[Any, Any]] = []
+
+    def watched(model: Any, generation: Any, config: Any, **kwargs: Any) -> Any:
+        sizes.append((config.num_blocks, config.max_batch_tokens))
+        return continuous_batching(model, generation, config, **kwargs)
+
     monkeypatch.setattr("uvicorn.run", run)
+    monkeypatch.setattr("quant_moelora.integrations.continuous.continuous_batching", watched)
     adapter = f"a={A}"
     done = command(
         "serve", "--model", str(folder_of(GPTQ)), "--adapter", adapter, "--port", "80", "--cache-tokens", "512"
     )
     assert done.code == 0, done.err
     assert served == [("127.0.0.1", 80, [GPTQ, "a"])]
+    assert sizes == [(2, 512)], "transformers would fill memory with the batch"
     taken = command("serve", "--model", str(folder_of(GPTQ)), "--adapter", adapter, "--name", "a")
     assert taken.code == 2 and "another name than the base model's" in taken.err
 

@@ -26,6 +26,7 @@ EXAMPLES = (
 )
 _PAGE = 256  # tokens of a page of transformers' paged cache
 _CPU_CACHE = 16384  # tokens; on a GPU transformers asks how much memory is free
+_BATCH = 8192  # tokens of one forward at most, transformers' default; without it a given cache lets batches fill memory
 
 
 def serve(
@@ -74,7 +75,9 @@ def serve(
     loaded = from_pretrained(folder, dtype=dtype.value, device_map=device, backend=backend, tuned_configs=tuned_configs)
     attach_adapters(loaded, adapters)
     tokens = cache_tokens or (_CPU_CACHE if loaded.device.type == "cpu" else None)
-    config = ContinuousBatchingConfig(num_blocks=None if tokens is None else -(-tokens // _PAGE))
+    config = ContinuousBatchingConfig()
+    if tokens is not None:
+        config = ContinuousBatchingConfig(num_blocks=-(-tokens // _PAGE), max_batch_tokens=min(tokens, _BATCH))
     with continuous_batching(loaded, sampling_config(loaded), config, per_request=True) as requests:
         engine = Engine(loaded, AutoTokenizer.from_pretrained(folder), base, requests)
         uvicorn.run(create_app(engine), host=host, port=port)
