@@ -53,10 +53,12 @@ class ExpertsBackend(Protocol):
     Attributes:
         name: name in the registry.
         fuses: names of the injection's parts that the backend computes itself inside its GEMMs.
+        capturable: whether `apply` never waits for the device and asks it nothing, so that CUDA graphs capture it.
     """
 
     name: str
     fuses: frozenset[str]
+    capturable: bool
 
     def supports(self, info: MoEQuantInfo, device: torch.device, dtype: torch.dtype, *, lora: bool) -> Verdict:
         """Whether the backend serves this info (which may be on the meta device), with every reason against it."""

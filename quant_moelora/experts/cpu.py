@@ -27,6 +27,7 @@ class CpuBackend:
 
     name = "cpu"
     fuses: frozenset[str] = frozenset()
+    capturable = False
 
     def supports(self, info: MoEQuantInfo, device: torch.device, dtype: torch.dtype, *, lora: bool) -> Verdict:
         """Serve packed weights on the CPU."""

@@ -35,6 +35,7 @@ class MarlinBackend:
 
     name = "marlin"
     fuses: frozenset[str] = frozenset({"begin", "activation", "moe_sum"})
+    capturable = True
 
     def supports(self, info: MoEQuantInfo, device: torch.device, dtype: torch.dtype, *, lora: bool) -> Verdict:
         """Serve packed weights on a CUDA device in bfloat16 or float16."""

@@ -21,6 +21,7 @@ class ReferenceBackend:
 
     name = "reference"
     fuses: frozenset[str] = frozenset()
+    capturable = False
 
     def supports(self, info: MoEQuantInfo, device: torch.device, dtype: torch.dtype, *, lora: bool) -> Verdict:
         """Serve everything but dtypes that no model computes in."""

@@ -21,6 +21,7 @@ class UnquantizedBackend:
 
     name = "unquantized"
     fuses: frozenset[str] = frozenset()
+    capturable = True
 
     def supports(self, info: MoEQuantInfo, device: torch.device, dtype: torch.dtype, *, lora: bool) -> Verdict:
         """Serve unquantised weights, of any dtype, on a CUDA device in bfloat16 or float16."""

@@ -26,6 +26,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quant_moelora.core.backend import ExpertsBackend
 from quant_moelora.core.errors import FormatError, MissingTensorError, UnsupportedError
 from quant_moelora.core.workspace import Workspace
 from quant_moelora.distributed.agreement import agree, layer_facts
@@ -55,7 +56,6 @@ _QUANTIZED_KEYS = rf"\.({'|'.join(sorted(QUANTIZED_SUFFIXES))})$"
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 # Strategies of accelerate for spreading a model over devices.
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
-_OPERATORS = {"marlin", "unquantized"}  # backends of operators that never wait for the device
 _EXPERTS_TARGET = re.compile(r"(^|\.)experts\.")
 
 
@@ -191,14 +191,15 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         specs = require_experts(model)
         layers = describe_layers(checkpoint, specs, model)
         device = torch.device(next(iter(device_map.values())) if device_map else "cpu")
+        backends = self._select_backends(layers, device, dtype or model.dtype)
         self.load = _Load(
             checkpoint=checkpoint,
             layers=layers,
-            backends=self._select_backends(layers, device, dtype or model.dtype),
+            backends=[backend.name for backend in backends],
             linears=describe_linears(checkpoint, model, layers),
             shapes={name: parameter.shape for name, parameter in model.named_parameters()},
         )
-        self.compileable = _OPERATORS.issuperset(self.load.backends)
+        self.compileable = all(backend.capturable for backend in backends)
         for spec in specs:
             _place(model, spec, FusedExperts(spec, self.session))
         leave_out_experts(model, specs)
@@ -207,14 +208,16 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         _ignore_keys(model, "unexpected", {_EXPERT_KEYS, _QUANTIZED_KEYS})
         return model
 
-    def _select_backends(self, layers: list[LayerFormat], device: torch.device, dtype: torch.dtype) -> list[str]:
-        """Names of the layers' backends; each choice is logged once."""
+    def _select_backends(
+        self, layers: list[LayerFormat], device: torch.device, dtype: torch.dtype
+    ) -> list[ExpertsBackend]:
+        """The layers' backends; each choice is logged once."""
         infos = [layer.meta_info() for layer in layers]
         selections = [select_backend(self.backend, info, device, dtype) for info in infos]
         lines = [f"{info.scheme_name}: {s.report}" for info, s in zip(infos, selections, strict=True)]
         for line in dict.fromkeys(lines):
             logger.info("%s", line)
-        return [selection.backend.name for selection in selections]
+        return [selection.backend for selection in selections]
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel | None = None

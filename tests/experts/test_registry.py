@@ -33,6 +33,7 @@ class FakeBackend:
     name: str
     reasons: tuple[str, ...] = ()
     fuses: frozenset[str] = frozenset()
+    capturable: bool = False
     asked: list[tuple[torch.device, torch.dtype, bool]] = field(
         default_factory=list[tuple[torch.device, torch.dtype, bool]]
     )
