@@ -145,8 +145,9 @@ class DistributedExperts(MoEExperts):
 
     def _pieces(self, tokens: Tokens) -> list[Tokens]:
         """The microbatches; as many on every process, since they have as many tokens."""
-        count = tokens.x.shape[0] // (self._microbatch_rows or tokens.x.shape[0] or 1)
-        return tokens.pieces(count) if count > 1 else [tokens]
+        if self._microbatch_rows is None:
+            return [tokens]
+        return tokens.pieces(max(1, tokens.x.shape[0] // self._microbatch_rows))
 
     def _compute(self, tokens: Tokens) -> Tensor:  # (M, H)
         """This process's part of the output of any tokens."""
