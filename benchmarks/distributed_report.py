@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks import figures
 
 Row = Mapping[str, str]
 Key = tuple[str, int, str, int, int]  # shape, GPUs, way, tokens, adapters
@@ -63,47 +64,26 @@ def _short(us: str) -> str:
 
 def plot(rows: Mapping[Key, Row], path: Path) -> None:
     """Efficiency against tokens: a panel for each shape, and one with LoRA."""
-    plt: Any = importlib.import_module("matplotlib.pyplot")  # of the extra `bench`
-    plt.switch_backend("Agg")
-    shapes = list(dict.fromkeys(key[0] for key in rows))
-    counts = sorted({key[4] for key in rows})
-    ways = list(dict.fromkeys((key[1], key[2]) for key in rows if key[2] != ALONE))
-    figure, panels = plt.subplots(
-        len(counts), len(shapes), figsize=(5 * len(shapes), 3.2 * len(counts)), squeeze=False, sharex=True
-    )
+    shapes, counts = list(dict.fromkeys(key[0] for key in rows)), sorted({key[4] for key in rows})
+    figure, panels = figures.panels(len(counts), len(shapes), width=5)
     for line, adapters in zip(panels, counts, strict=True):
         for panel, shape in zip(line, shapes, strict=True):
-            for color, (gpus, way) in enumerate(ways):
-                held = sorted(
-                    (key[3], row) for key, row in rows.items() if key[:3] + key[4:] == (shape, gpus, way, adapters)
-                )
-                if held:
-                    times = [float(row["efficiency"]) for _, row in held]
-                    panel.plot(
-                        [tokens for tokens, _ in held],
-                        times,
-                        marker="o",
-                        color=f"C{color}",
-                        label=f"{way}, {gpus} GPUs",
-                    )
-            panel.axhline(1, color="grey", linewidth=0.8)
-            panel.set_xscale("log", base=2)
-            panel.set_title(f"{shape}, {f'{adapters} adapters' if adapters else 'no adapters'}", fontsize=9)
-            panel.set_xlabel("tokens of a GPU", fontsize=8)
-            panel.set_ylabel("efficiency", fontsize=8)
-            panel.tick_params(labelsize=7)
-    handles = {
-        label: handle
-        for line in panels
-        for panel in line
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(4, len(handles)), fontsize=8)
-    some = next(iter(rows.values()))
-    figure.suptitle(f"{some['gpu']}, int4 g128, bf16, LoRA r = 16: time of one GPU over that of several", fontsize=9)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+            _draw(panel, rows, shape, adapters)
+    gpu = next(iter(rows.values()))["gpu"]
+    figures.save(figure, f"{gpu}, int4 g128, bf16, LoRA r = 16: time of one GPU over that of several", path)
+
+
+def _draw(panel: Any, rows: Mapping[Key, Row], shape: str, adapters: int) -> None:
+    ways = dict.fromkeys((key[1], key[2]) for key in rows if key[2] != ALONE)
+    for color, (gpus, way) in enumerate(ways):
+        held = sorted((key[3], row) for key, row in rows.items() if key[:3] + key[4:] == (shape, gpus, way, adapters))
+        if held:
+            tokens, found = zip(*held, strict=True)
+            times = [float(row["efficiency"]) for row in found]
+            panel.plot(tokens, times, marker="o", color=f"C{color}", label=f"{way}, {gpus} GPUs")
+    panel.axhline(1, color="grey", linewidth=0.8)
+    title = f"{shape}, {f'{adapters} adapters' if adapters else 'no adapters'}"
+    figures.name_axes(panel, title, "tokens of a GPU", "efficiency")
 
 
 def main() -> None:

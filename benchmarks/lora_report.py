@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+from benchmarks import figures
 
 Row = Mapping[str, str]
 Key = tuple[str, int, int, int, str]  # shape, tokens, adapters, rank, who
@@ -107,13 +107,9 @@ def others(rows: Mapping[Key, Row]) -> str:
 
 def plot(rows: Mapping[Key, Row], path: Path) -> None:
     """Added time against the number of adapters: a row of panels for each number of tokens, a panel for each shape."""
-    plt: Any = importlib.import_module("matplotlib.pyplot")  # of the extra `bench`
-    plt.switch_backend("Agg")
     looped = [key for key in rows if key[4] == "loop"]
     shapes, sizes = sorted({key[0] for key in looped}), sorted({key[1] for key in looped})
-    figure, panels = plt.subplots(
-        len(sizes), len(shapes), figsize=(4.2 * len(shapes), 3.2 * len(sizes)), squeeze=False, sharex=True
-    )
+    figure, panels = figures.panels(len(sizes), len(shapes), width=4.2)
     for line, tokens in zip(panels, sizes, strict=True):
         for panel, shape in zip(line, shapes, strict=True):
             counts = sorted({key[2] for key in looped if key[:2] == (shape, tokens)})
@@ -122,20 +118,11 @@ def plot(rows: Mapping[Key, Row], path: Path) -> None:
             panel.plot(counts, [float(row["added_us"]) for row in held], marker="o", label="one batch")
             panel.plot(counts, [float(row["added_us"]) for row in loops], marker="s", label="a call an adapter")
             panel.plot(counts, [float(row["lora_floor_us"]) for row in held], linestyle="--", label="bytes of LoRA")
-            panel.set_xscale("log", base=2)
             panel.set_yscale("log")
+            figures.name_axes(panel, f"{shape}, M = {tokens}", "adapters", "added time, us")
             panel.set_xticks(counts, [str(count) for count in counts])
-            panel.set_title(f"{shape}, M = {tokens}", fontsize=9)
-            panel.set_xlabel("adapters", fontsize=8)
-            panel.set_ylabel("added time, us", fontsize=8)
-            panel.tick_params(labelsize=7)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8)
-    some = next(iter(rows.values()))
-    figure.suptitle(f"{some['gpu']}, int4 g128, bf16, LoRA r = {RANK} on gate, up and down", fontsize=9)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    gpu = next(iter(rows.values()))["gpu"]
+    figures.save(figure, f"{gpu}, int4 g128, bf16, LoRA r = {RANK} on gate, up and down", path)
 
 
 def main() -> None:

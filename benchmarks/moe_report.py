@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import figures
 from benchmarks.moe_case import DENSE_BITS
 
 Row = Mapping[str, str]
@@ -122,25 +122,13 @@ def speedups(rows: Mapping[Key, Row], bits: int) -> list[str]:
 
 def plot(rows: Mapping[Key, Row], path: Path) -> None:
     """Time over floor against tokens: a row of panels for each width, a panel for each shape."""
-    plt: Any = importlib.import_module("matplotlib.pyplot")  # of the extra `bench`
-    plt.switch_backend("Agg")
-    shapes = sorted({key[0] for key in rows})
-    widths = sorted({key[1] for key in rows})
-    figure, panels = plt.subplots(
-        len(widths), len(shapes), figsize=(4.2 * len(shapes), 3.4 * len(widths)), squeeze=False, sharex=True
-    )
+    shapes, widths = sorted({key[0] for key in rows}), sorted({key[1] for key in rows})
+    figure, panels = figures.panels(len(widths), len(shapes), width=4.2)
     for line, bits in zip(panels, widths, strict=True):
         for panel, shape in zip(line, shapes, strict=True):
             _draw(panel, rows, shape, bits)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8)
-    some = next(iter(rows.values()))
-    figure.suptitle(
-        f"{some['gpu']}, {', '.join(map(width_name, widths))}; floor at 4.3 TB/s and 790 TFLOP/s", fontsize=9
-    )
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    gpu, names = next(iter(rows.values()))["gpu"], ", ".join(map(width_name, widths))
+    figures.save(figure, f"{gpu}, {names}; floor at 4.3 TB/s and 790 TFLOP/s", path)
 
 
 def _draw(panel: Any, rows: Mapping[Key, Row], shape: str, bits: int) -> None:
@@ -151,14 +139,10 @@ def _draw(panel: Any, rows: Mapping[Key, Row], shape: str, bits: int) -> None:
     known = [vllm_us(shape, bits, m) for m in tokens]
     _curve(panel, VLLM, tokens, [None if us is None else us / floors[m] for us, m in zip(known, tokens, strict=True)])
     panel.axhline(1.0, color="black", linewidth=0.6)
-    panel.set_xscale("log", base=2)
     panel.set_yscale("log", base=2)
+    figures.name_axes(panel, f"{shape}, {width_name(bits)}", "tokens M", "time over floor")
     panel.set_xticks(tokens, [str(m) for m in tokens])
     panel.set_yticks([1, 1.5, 2, 3, 4, 6, 8, 12], ["1", "1.5", "2", "3", "4", "6", "8", "12"])
-    panel.set_title(f"{shape}, {width_name(bits)}", fontsize=9)
-    panel.set_xlabel("tokens M", fontsize=8)
-    panel.set_ylabel("time over floor", fontsize=8)
-    panel.tick_params(labelsize=7)
 
 
 def _curve(panel: Any, label: str, tokens: Sequence[int], values: Sequence[float | None]) -> None:
