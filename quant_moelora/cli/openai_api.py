@@ -266,31 +266,39 @@ def _error(error: RefusedError) -> dict[str, Any]:
     return {"error": {"message": str(error), "type": kind, "param": None, "code": error.code}}
 
 
+def _refusal(error: RefusedError) -> JSONResponse:
+    return JSONResponse(_error(error), status_code=error.status)
+
+
 def create_app(engine: Engine) -> FastAPI:
     """The application; the continuous batch has to run while it serves."""
     app = FastAPI(title="quant_moelora")
 
     @app.exception_handler(RefusedError)
     async def refuse(_: Request, error: RefusedError) -> JSONResponse:
-        return JSONResponse(_error(error), status_code=error.status)
+        """Answer what cannot be served."""
+        return _refusal(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        """Answer a body with other fields or values than those that are served."""
         told = "; ".join(f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors())
-        refused = RefusedError(HTTPStatus.BAD_REQUEST, told)
-        return JSONResponse(_error(refused), status_code=refused.status)
+        return _refusal(RefusedError(HTTPStatus.BAD_REQUEST, told))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
+        """The base model and the adapters."""
         held = [{"id": n, "object": "model", "created": 0, "owned_by": "quant_moelora"} for n in engine.names]
         return {"object": "list", "data": held}
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest) -> dict[str, Any] | StreamingResponse:
+        """Complete each prompt."""
         return await _answer(engine, body, engine.prompts(body.prompt), body.max_tokens, _TEXT)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatRequest) -> dict[str, Any] | StreamingResponse:
+        """Answer a chat, in the form of the tokenizer's template."""
         new = body.max_completion_tokens or body.max_tokens or 256
         return await _answer(engine, body, [engine.chat(body.messages)], new, _CHAT)
 

@@ -46,6 +46,7 @@ class Tokens(NamedTuple):
         x, ids, weights, slots = rows.split((hidden * self.x.itemsize, 4 * top_k, 4 * top_k, 4), 1)
 
         def typed(part: Tensor, dtype: torch.dtype) -> Tensor:
+            """Bytes as what they were."""
             return part.contiguous().view(dtype)
 
         slot = typed(slots, torch.int32)[:, 0]
