@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quant_moelora.core import packing
 from quant_moelora.core.errors import UnsupportedError
 from quant_moelora.core.parallel import in_parallel
 from quant_moelora.core.quant_info import MoEQuantInfo
@@ -93,8 +91,7 @@ def load_layer(
     on_cpu = device.type == "cpu"
     if isinstance(layer, PackedFormat):
         return _read_packed(checkpoint, layer, device, shard)
-    scheme = layer.scheme("down")
-    unit = math.lcm(packing.TILE, (scheme and scheme.group_size) or 1)  # as of `MoEQuantInfo.inter_unit`
+    unit = 1 if shard is None else layer.meta_info().inter_unit
     held = (shard or ParallelConfig()).shard(spec.num_experts, spec.intermediate_size, unit)
     codes = spec.hidden_size * held.inter.size * len(spec.projections)
     count = max(1, (codes_at_once or (CODES_IN_CACHE if on_cpu else CODES_IN_WORK)) // codes)
