@@ -6,6 +6,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from quant_moelora.core.errors import PrecisionWarning as PrecisionWarning
 from quant_moelora.core.errors import QuantMoELoRAError as QuantMoELoRAError
 from quant_moelora.core.quant_info import MoEQuantInfo as MoEQuantInfo
 from quant_moelora.core.scheme import QuantScheme as QuantScheme
@@ -33,6 +34,7 @@ __all__ = [
     "AdapterBank",
     "MoEExperts",
     "MoEQuantInfo",
+    "PrecisionWarning",
     "QuantMoELoRAError",
     "QuantScheme",
     "__version__",

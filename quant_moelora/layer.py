@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_moelora.core.backend import ExpertsBackend, Prepared
-from quant_moelora.core.errors import AdapterError, BackendError, ShapeError
+from quant_moelora.core.errors import AdapterError, BackendError, PrecisionWarning, ShapeError
 from quant_moelora.core.injection import Injection
 from quant_moelora.core.lora_context import MoELoRAContext
 from quant_moelora.core.quant_info import MoEQuantInfo
@@ -140,7 +141,8 @@ class MoEExperts(nn.Module):
     def prepare(self, dtype: torch.dtype) -> None:
         """Choose the backend and make its view of the info in ``dtype``; otherwise the first forward in a dtype does.
 
-        Compiled code leaves its graph for it, once. With ``fullgraph=True`` that is an error: call this before.
+        Compiled code leaves its graph for it, once. With ``fullgraph=True`` that is an error: call this before. What a
+        cast to the dtype loses is said by a `PrecisionWarning`.
 
         Raises:
             BackendError: no backend serves the dtype, or one of one's own does not serve adapters.
@@ -156,7 +158,8 @@ class MoEExperts(nn.Module):
         shared = self._shared if self._shared is not None and self._shared.device == info.device else None
         self._workspace = shared or selection.backend.workspace(info)
         if self._prepared.lossy:
-            logger.warning("experts in %s: %s", dtype, self._prepared.lossy)
+            # Python shows a warning of the same words once: the layers of a model mostly lose the same.
+            warnings.warn(f"experts in {dtype}: {self._prepared.lossy}", PrecisionWarning, stacklevel=2)
 
     def forward(
         self,

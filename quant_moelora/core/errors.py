@@ -1,4 +1,4 @@
-"""Errors of the library. Each says what is wrong, what was got, the rule it breaks and the remedy."""
+"""Errors of the library, which say what is wrong, what was got, the rule it breaks and the remedy; and its warning."""
 
 from __future__ import annotations
 
@@ -44,3 +44,7 @@ class BackendError(QuantMoELoRAError):
 
 class DistributedError(QuantMoELoRAError):
     """Processes that share a model disagree, or one of them is gone."""
+
+
+class PrecisionWarning(UserWarning):
+    """A backend computes with values that a cast to its dtype has rounded."""

@@ -13,6 +13,7 @@ from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
 from quant_moelora.core.weights import ExpertWeight, PackedWeight
 from quant_moelora.core.workspace import Workspace
+from quant_moelora.experts.steps import apply_by_steps
 from quant_moelora.kernels.align.reference import align
 from quant_moelora.kernels.cpu_gemm.product import grouped_gemm
 
@@ -55,7 +56,7 @@ class CpuBackend:
         return Prepared(info=info, dtype=dtype, tensors=tensors, lossy=None)
 
     def workspace(self, info: MoEQuantInfo) -> Workspace:
-        """Buffers on the CPU."""
+        """Buffers on the CPU, for the injection: products make their own."""
         return Workspace(info.device)
 
     def apply(
@@ -67,17 +68,19 @@ class CpuBackend:
         workspace: Workspace,
     ) -> Tensor:  # (M, H) prepared.dtype
         """Compute the layer; see `ExpertsBackend.apply`."""
-        info, pairs, dtype, made = prepared.info, routing.num_pairs, prepared.dtype, prepared.tensors
-        w13, w2 = _packed(info.w13), _packed(info.w2)
+        info, pairs, made = prepared.info, routing.num_pairs, prepared.tensors
+        packed13, packed2 = _packed(info.w13), _packed(info.w2)
         plan = align(routing, info.num_experts)
-        injection.begin(x, routing, plan, workspace)
-        gate_up = workspace.buffer("gate_up", (pairs, w13.rows), dtype)
-        gate_up = grouped_gemm(x, w13, made["w13.columns"], plan, routing.top_k, gate_up)
-        h = workspace.buffer("h", (pairs, info.inter_pad), dtype)
-        h = injection.activation(x, gate_up, h, routing, plan, workspace)
-        y = workspace.buffer("y", (pairs, info.hidden_size), dtype)
-        y = grouped_gemm(h, w2, made["w2.columns"], plan, None, y)
-        return injection.moe_sum(h, y, torch.empty_like(x), routing, plan, workspace)
+
+        def w13(rows: Tensor) -> Tensor:
+            out = rows.new_empty(pairs, packed13.rows)
+            return grouped_gemm(rows, packed13, made["w13.columns"], plan, routing.top_k, out)
+
+        def w2(rows: Tensor) -> Tensor:
+            out = rows.new_empty(pairs, info.hidden_size)
+            return grouped_gemm(rows, packed2, made["w2.columns"], plan, None, out)
+
+        return apply_by_steps(x, prepared, routing, plan, injection, workspace, w13, w2)
 
 
 def _packed(weight: ExpertWeight) -> PackedWeight:

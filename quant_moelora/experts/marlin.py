@@ -15,6 +15,7 @@ from quant_moelora.core.weights import PackedWeight
 from quant_moelora.core.workspace import Workspace
 from quant_moelora.experts.gpu import kernel_reasons
 from quant_moelora.experts.marlin_op import MarlinLayer, marlin_experts, marlin_lora_experts
+from quant_moelora.experts.steps import apply_by_steps
 from quant_moelora.kernels.align.op import plan_of
 from quant_moelora.kernels.dequant.prepare import LEAST_GROUP, prepare, regrouped
 from quant_moelora.kernels.grouped_gemm.choice import TileSource
@@ -91,14 +92,16 @@ def _by_steps(
     workspace: Workspace,
 ) -> Tensor:  # (M, H) prepared.dtype
     """The layer with the injection's own steps, whose products are cut as those of the one operator."""
-    info, layer, ids = prepared.info, prepared.layer, routing.topk_ids
-    plan, tiles = plan_of(routing, info.num_experts, layer.tiles)
-    injection.begin(x, routing, plan, workspace)
-    gate_up = grouped_gemm(x, ids, plan.rows, tiles, True, layer.w13.rows, *layer.tiles, *layer.w13)
-    h = x.new_empty(routing.num_pairs, info.inter_pad)
-    h = injection.activation(x, gate_up, h, routing, plan, workspace)
-    y = grouped_gemm(h, ids, plan.rows, tiles, False, layer.w2.n, *layer.tiles, *layer.w2)
-    return injection.moe_sum(h, y, torch.empty_like(x), routing, plan, workspace)
+    layer, ids = prepared.layer, routing.topk_ids
+    plan, tiles = plan_of(routing, prepared.info.num_experts, layer.tiles)
+
+    def w13(rows: Tensor) -> Tensor:
+        return grouped_gemm(rows, ids, plan.rows, tiles, True, layer.w13.rows, *layer.tiles, *layer.w13)
+
+    def w2(rows: Tensor) -> Tensor:
+        return grouped_gemm(rows, ids, plan.rows, tiles, False, layer.w2.n, *layer.tiles, *layer.w2)
+
+    return apply_by_steps(x, prepared, routing, plan, injection, workspace, w13, w2)
 
 
 def _packed(weight: object) -> PackedWeight:

@@ -10,6 +10,7 @@ from quant_moelora.core.injection import Injection
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
 from quant_moelora.core.workspace import Workspace
+from quant_moelora.experts.steps import apply_by_steps
 from quant_moelora.kernels.align.reference import align
 from quant_moelora.kernels.grouped_gemm.reference import grouped_gemm
 
@@ -35,7 +36,7 @@ class ReferenceBackend:
         return Prepared(info=info, dtype=dtype, tensors={}, lossy=None)
 
     def workspace(self, info: MoEQuantInfo) -> Workspace:
-        """Buffers on the info's device."""
+        """Buffers on the info's device, for the injection: products make their own."""
         return Workspace(info.device)
 
     def apply(
@@ -47,13 +48,13 @@ class ReferenceBackend:
         workspace: Workspace,
     ) -> Tensor:  # (M, H) prepared.dtype
         """Compute the layer; see `ExpertsBackend.apply`."""
-        info, pairs, dtype = prepared.info, routing.num_pairs, prepared.dtype
+        info, pairs = prepared.info, routing.num_pairs
         plan = align(routing, info.num_experts)
-        injection.begin(x, routing, plan, workspace)
-        gate_up = workspace.buffer("gate_up", (pairs, info.w13.rows), dtype)
-        grouped_gemm(x, info.w13, plan, routing.top_k, gate_up)
-        h = workspace.buffer("h", (pairs, info.inter_pad), dtype)
-        h = injection.activation(x, gate_up, h, routing, plan, workspace)
-        y = workspace.buffer("y", (pairs, info.hidden_size), dtype)
-        grouped_gemm(h, info.w2, plan, None, y)
-        return injection.moe_sum(h, y, torch.empty_like(x), routing, plan, workspace)
+
+        def w13(rows: Tensor) -> Tensor:
+            return grouped_gemm(rows, info.w13, plan, routing.top_k, rows.new_empty(pairs, info.w13.rows))
+
+        def w2(rows: Tensor) -> Tensor:
+            return grouped_gemm(rows, info.w2, plan, None, rows.new_empty(pairs, info.hidden_size))
+
+        return apply_by_steps(x, prepared, routing, plan, injection, workspace, w13, w2)

@@ -12,6 +12,7 @@ from quant_moelora.core.routing import Routing
 from quant_moelora.core.weights import DenseWeight
 from quant_moelora.core.workspace import Workspace
 from quant_moelora.experts.gpu import kernel_reasons
+from quant_moelora.experts.steps import apply_by_steps
 from quant_moelora.kernels.dense_gemm.op import dense_gemm, dense_plan
 from quant_moelora.kernels.dense_gemm.prepare import cast_layer
 
@@ -55,9 +56,11 @@ class UnquantizedBackend:
         """Compute the layer; see `ExpertsBackend.apply`."""
         info, made, x = prepared.info, prepared.tensors, x.contiguous()
         plan, tiles = dense_plan(routing, info.num_experts)
-        injection.begin(x, routing, plan, workspace)
-        gate_up = dense_gemm(x, plan.rows, tiles, made["w13.w"], info.w13.bias, routing.top_k, info.w13.rows)
-        h = x.new_empty(routing.num_pairs, info.inter_pad)
-        h = injection.activation(x, gate_up, h, routing, plan, workspace)
-        y = dense_gemm(h, plan.rows, tiles, made["w2.w"], info.w2.bias, None, info.hidden_size)
-        return injection.moe_sum(h, y, torch.empty_like(x), routing, plan, workspace)
+
+        def w13(rows: Tensor) -> Tensor:
+            return dense_gemm(rows, plan.rows, tiles, made["w13.w"], info.w13.bias, routing.top_k, info.w13.rows)
+
+        def w2(rows: Tensor) -> Tensor:
+            return dense_gemm(rows, plan.rows, tiles, made["w2.w"], info.w2.bias, None, info.hidden_size)
+
+        return apply_by_steps(x, prepared, routing, plan, injection, workspace, w13, w2)
