@@ -28,7 +28,7 @@ def compiled(pairs: int, lora: bool, capability: int) -> tuple[int, int, Program
         "BM": 16,
         "BLOCK": block,
         "SIZE": size,
-        "OWN": _lanes(pairs, warps),
+        "OWN": _lanes(pairs, 128, warps),
         "FEW": few,
         "COMPARED": _compared(pairs, block),
         "OVERLAP": overlap,

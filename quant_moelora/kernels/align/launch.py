@@ -91,7 +91,7 @@ def align_tensors(
         BM=tile_rows,
         BLOCK=block,
         SIZE=size,
-        OWN=_lanes(pairs, warps),
+        OWN=_lanes(pairs, num_experts, warps),
         FEW=few,
         COMPARED=_compared(pairs, block),
         OVERLAP=overlap,
@@ -125,9 +125,11 @@ def _blocks(pairs: int, *, few: bool, slots: bool) -> tuple[int, int, int]:
     return block, (64 if pairs > _BLOCK else 32) * warps, warps
 
 
-def _lanes(pairs: int, warps: int) -> int:
-    """Lanes that sort own pairs: fewer where there are few pairs, since lanes have to be added up."""
-    return min(256, 32 * warps) if pairs <= _BLOCK else 32 * warps
+def _lanes(pairs: int, num_experts: int, warps: int) -> int:
+    """Lanes that sort own pairs: fewer where an expert has few, since lanes have to be added up."""
+    if pairs <= _BLOCK:
+        return max(64, 512 // warps)
+    return 128 if pairs < 128 * num_experts else 32 * warps
 
 
 def _compared(pairs: int, block: int) -> int:

@@ -189,6 +189,14 @@ def _meet(v, b, total):
 
 
 @triton.jit
+def _if(needed, factors):
+    """Factors, of no ranks unless they are needed, so that none is loaded."""
+    b_gate, b_up, a2, gate_rank, up_rank, down_rank = factors
+    n = needed.to(tl.int32)
+    return b_gate, b_up, a2, gate_rank * n, up_rank * n, down_rank * n
+
+
+@triton.jit
 def _tiles(factors, column, SPEC: tl.constexpr):
     """First ranks of gate's and up's B and of A2 in one block of columns."""
     b_gate, b_up, a2, gate_rank, up_rank, down_rank = factors
@@ -296,12 +304,15 @@ def activate_kernel(
     begin = tl.program_id(1) * STEPS * BN + tl.arange(0, BN)
     gate_b, up_b, a = _tiles(factors, begin, SPEC)
     follow(SPEC.overlap)
+    if STEPS > 1:
+        gate, up = _gate_and_up(gate_up, gemm_stride, first, count, begin, SPEC)
     for row in tl.range(0, count, ROWS, num_stages=1):
         segment = (expert, first + row, count - row, slot)
         v = v13 + (first + row).to(tl.int64) * (PARTS * W)
         up_v = _parts(v + up_at, 0, up_rank, count - row, 0, PARTS, W, R)
         gate_v = _parts(v, 0, gate_rank, count - row, 0, PARTS, W, R) if SPEC.gated else up_v
-        gate, up = _gate_and_up(gate_up, gemm_stride, first + row, count - row, begin, SPEC)
+        if STEPS == 1:
+            gate, up = _gate_and_up(gate_up, gemm_stride, first + row, count - row, begin, SPEC)
         up_v = _landed(up_v, SPEC)
         gate_v = _landed(gate_v, SPEC)
         up_v = _summed_parts(up_v, v + up_at, 0, up_rank, count - row, PARTS, W, R)
@@ -316,8 +327,9 @@ def activate_kernel(
             now_gate, now_up = gate, up
             if STEPS > 1:
                 following = begin + (step + 1) % STEPS * BN
-                gate_b, up_b, a = _tiles(factors, following, SPEC)
-                gate, up = _gate_and_up(gate_up, gemm_stride, first + row, count - row, following, SPEC)
+                ahead = row + tl.where(step + 1 == STEPS, ROWS, 0)  # behind the last block come the next rows, if any
+                gate_b, up_b, a = _tiles(_if(ahead < count, factors), following, SPEC)
+                gate, up = _gate_and_up(gate_up, gemm_stride, first + ahead, count - ahead, following, SPEC)
             now_up = _landed(now_up, SPEC).to(dtype).to(tl.float32)
             delta = _delta(v + up_at, b_up, up_v, _landed(now_up_b, SPEC), up_rank, count - row, column, SPEC)
             now_up += delta * up_scaling

@@ -16,6 +16,9 @@ _LEAST_COLUMNS = 512
 # Columns of h at once, all of which each warp of the second shrink has in its registers, so that few are better; and
 # columns of the second expand at once.
 _ACTIVATION_BLOCK, EXPAND_BLOCK = 128, 128
+# Pairs of an expert from which on the second expand is a launch of its own, and not beside a GEMM's low tiles, where
+# fewer programs are better: two share the columns then (Qwen3-30B-A3B at 1024 tokens 308 us, and 319).
+_ALONE = 64
 _AHEAD_RANKS = 16  # most ranks whose factors of one block are loaded during the block before
 
 
@@ -131,13 +134,15 @@ def choose_cut(num_pairs: int, num_experts: int, hidden: int, inter_pad: int, ma
     # A program with several blocks has the factors of the next one in registers, too, where more ranks have no room: of
     # 32 there were 102 loads and 158 stores of spills, and with one block 4 of each.
     parts2 = min(blocks, -(-_ACTIVATIONS // segments)) if max_rank <= _AHEAD_RANKS else blocks
+    most2 = -(-hidden // EXPAND_BLOCK)
+    least2 = min(most2, 2 if num_pairs >= _ALONE * num_experts else 1)
     return Cut(
         shrink_ranks=shrink_ranks,
         parts13=_parts(segments * -(-2 * max_rank // shrink_ranks), most13),
         parts2=-(-blocks // -(-blocks // parts2)),  # so that none is empty
         expand_ranks=expand_ranks,
         activation_block=_ACTIVATION_BLOCK,
-        expand_blocks=_parts(2 * segments, -(-hidden // EXPAND_BLOCK)),  # whose loads are ahead of their use
+        expand_blocks=max(least2, _parts(2 * segments, most2)),  # whose loads are ahead of their use
     )
 
 
