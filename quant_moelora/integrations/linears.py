@@ -1,6 +1,8 @@
 """Adapters of plain linear layers: PEFT's own layers around them, filled from files read here, led by the session.
 
-PEFT's forward asks for each row's name. A step that is captured has none, and serves all of them: `_Stack`.
+PEFT's forward asks for each row's name. A step that is captured has none, and serves all of them: `_Stack`. It also
+serves layers of which each process has a part by a plan of transformers, whose collectives have to come in one order on
+all of them, while PEFT takes a batch's adapters in that of a set.
 """
 
 from __future__ import annotations
@@ -15,22 +17,26 @@ import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 from quant_moelora.core.errors import AdapterError
+from quant_moelora.distributed.mesh import Group, group_of
+from quant_moelora.integrations.parallel_plan import LinearPart, linear_part
 from quant_moelora.integrations.session import ADAPTER_NAMES, AdapterSession
 from quant_moelora.lora.adapter_file import Adapter, Factor
 
 _LED = "_quant_moelora_session"  # attribute of PEFT's layers whose forward the session leads
 _STACK = "_quant_moelora_stack"  # attribute of the same: the last `_Stack`
+_PART = "_quant_moelora_part"  # attribute of the same: the `LinearPart`, if the layer is shared
 
 
-def check_linears(model: nn.Module, adapter: Adapter, routers: Mapping[str, nn.Module]) -> None:
+def check_linears(model: PreTrainedModel, adapter: Adapter, routers: Mapping[str, nn.Module]) -> None:
     """Raise unless every other module of the adapter is a linear layer or router of the model, of its dimensions.
 
     Raises:
-        AdapterError: it is not, or transformers has sharded it.
+        AdapterError: it is not.
+        UnsupportedError: transformers has sharded it otherwise than `linear_part` knows.
     """
     for name, factor in adapter.linears.items():
         module = routers.get(name) or _base_linear(model, name)
@@ -41,15 +47,8 @@ def check_linears(model: nn.Module, adapter: Adapter, routers: Mapping[str, nn.M
                 rule="modules of the model",
                 remedy="attach the adapter to the model it was trained on; embeddings are not served",
             )
-        weight = module.get_parameter("weight")
-        if isinstance(weight, DTensor):
-            raise AdapterError(
-                f"adapter {adapter.path}",
-                got=f"LoRA on {name}, of which each process holds a part, by transformers' tensor parallel plan",
-                rule="LoRA on routed experts, and on linear layers that every process holds whole",
-                remedy="load the model with device_mesh= alone, which shares the experts and nothing else",
-            )
-        rank, (n, k) = factor.a.shape[0], weight.shape
+        linear_part(model, name, module)
+        rank, (n, k) = factor.a.shape[0], module.get_parameter("weight").shape
         if (tuple(factor.a.shape), tuple(factor.b.shape)) != ((rank, k), (n, rank)):
             raise AdapterError(
                 f"LoRA of {name} in {adapter.path}",
@@ -87,8 +86,10 @@ class _Around(nn.Module):
         self.model = model
 
 
-def inject_linears(model: nn.Module, name: str, adapter: Adapter, linears: Mapping[str, Factor]) -> None:
+def inject_linears(model: PreTrainedModel, name: str, adapter: Adapter, linears: Mapping[str, Factor]) -> None:
     """Let PEFT put its layers around the adapter's plain linears, and fill them; the new ones are frozen.
+
+    Of a layer that processes share each holds its part of the factor that is cut with it.
 
     Afterwards every layer of PEFT in the model has this adapter as its active one; `lead` sets that right.
     """
@@ -112,12 +113,15 @@ def inject_linears(model: nn.Module, name: str, adapter: Adapter, linears: Mappi
     LoraModel(_Around(model), config, name)
     for parameter in trainable:
         parameter.requires_grad_(True)
-    with torch.no_grad():
-        for module_name, factor in linears.items():
-            module = model.get_submodule(module_name)
-            assert isinstance(module, LoraLayer)  # LoraModel
-            for held, tensor in ((module.lora_A[name], factor.a), (module.lora_B[name], factor.b)):
-                held.get_parameter("weight").copy_(tensor).requires_grad_(False)
+    for module_name, factor in linears.items():
+        module = model.get_submodule(module_name)
+        assert isinstance(module, LoraLayer)  # LoraModel
+        part = linear_part(model, module_name, module.get_base_layer())
+        setattr(module, _PART, part)
+        held = (factor.a, factor.b) if part is None else part.of_factors(factor.a, factor.b)
+        for own, tensor in zip((module.lora_A[name], module.lora_B[name]), held, strict=True):
+            weight = own.get_parameter("weight")
+            own.register_parameter("weight", nn.Parameter(tensor.to(weight, copy=True), requires_grad=False))
 
 
 def eject_linears(model: nn.Module, name: str) -> None:
@@ -149,11 +153,11 @@ def _forward(
     """
     if not layer.lora_A:  # all have been detached
         return layer.get_base_layer()(x, *args, **kwargs)
-    if session.nameless:
+    if session.nameless or getattr(layer, _PART) is not None:
         y: Tensor = layer.get_base_layer()(x, *args, **kwargs)
-        places = session.token_places(x.numel() // x.shape[-1], x.device)
-        assert places is not None  # rows without names are rows
-        return y + _stack(session, layer).delta(x, places).to(y.dtype)
+        stack = _stack(session, layer)
+        mine = _mine(session, stack, x)
+        return y if mine is None else y + stack.delta(x, mine).to(y.dtype)
     rows = x.flatten(0, -2) if session.packed else x
     names = session.row_names(rows.shape[0])
     if names is None:
@@ -174,6 +178,7 @@ class _Stack:
         b: B of all adapters.
         owners: place of the adapter that a rank belongs to.
         scalings: of that adapter.
+        sharers: processes that have some columns of x and of A each; None where each has all.
     """
 
     modules: object
@@ -181,12 +186,22 @@ class _Stack:
     b: Tensor  # (N, R)
     owners: Tensor  # (R,) int32
     scalings: Tensor  # (R,) of A's dtype
+    sharers: Group | None
 
-    def delta(self, x: Tensor, places: Tensor) -> Tensor:  # (..., K), (tokens,) int32 -> (..., N)
-        """What adapters add to the layer's output; exactly zero for the base."""
-        v = linear(x.to(self.a.dtype), self.a) * self.scalings
-        mine = places.view(*x.shape[:-1], 1) == self.owners
+    def delta(self, x: Tensor, mine: Tensor) -> Tensor:  # (..., K), (..., R) bool -> (..., N)
+        """What adapters add to the layer's output, each row's being ``mine``; exactly zero for the base."""
+        v = linear(x.to(self.a.dtype), self.a)
+        v = (v if self.sharers is None else self.sharers.all_reduce(v)) * self.scalings
         return linear(torch.where(mine, v, torch.zeros_like(v)), self.b)
+
+
+def _mine(session: AdapterSession, stack: _Stack, x: Tensor) -> Tensor | None:  # (..., K) -> (..., R) bool
+    """Which ranks each row uses; None where no row uses any, whoever it is, so that all processes know."""
+    if session.unnamed:
+        active = [stack.owners == session.places[name] for name in session.active] if session.enabled else []
+        return functools.reduce(torch.logical_or, active) if active else None
+    places = session.token_places(x.numel() // x.shape[-1], x.device)
+    return None if places is None else places.view(*x.shape[:-1], 1) == stack.owners
 
 
 def _stack(session: AdapterSession, layer: LoraLayer) -> _Stack:
@@ -201,6 +216,9 @@ def _stack(session: AdapterSession, layer: LoraLayer) -> _Stack:
         owners = torch.tensor([session.places[n] for n, r in zip(names, ranks, strict=True) for _ in range(r)])
         scalings = torch.tensor([layer.scaling[n] for n, r in zip(names, ranks, strict=True) for _ in range(r)])
         stacked_a, stacked_b = torch.cat(a).detach(), torch.cat(b, dim=1).detach()
-        held = _Stack(session.modules, stacked_a, stacked_b, owners.int().to(stacked_a.device), scalings.to(stacked_a))
+        part: LinearPart | None = getattr(layer, _PART)
+        sharers = group_of(part.mesh) if part is not None and part.dim == 1 else None
+        owners = owners.int().to(stacked_a.device)
+        held = _Stack(session.modules, stacked_a, stacked_b, owners, scalings.to(stacked_a), sharers)
         setattr(layer, _STACK, held)
     return held

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 from quant_moelora.core.errors import UnsupportedError
@@ -24,6 +24,8 @@ _OTHER_SIZES = ("fsdp_size", "dp_replicate_size", "pp_size")
 _ROUTER_STYLES = {"ep_router", "megamoe_router"}  # of transformers 5.17: hide experts of other processes
 # A style of all versions that adds nothing to a module without parameters.
 _NO_EFFECT = "replicated_with_grad_allreduce"
+# Styles of linear layers whose adapters are served, and the dimension of a weight (N, K) that they cut.
+_LINEAR_STYLES = {"colwise": 0, "rowwise": 1}
 
 
 def leave_out_experts(model: PreTrainedModel, specs: Iterable[ExpertsSpec]) -> None:
@@ -38,8 +40,7 @@ def leave_out_experts(model: PreTrainedModel, specs: Iterable[ExpertsSpec]) -> N
     modules = {re.sub(r"\.\d+(?=\.|$)", ".*", spec.module) for spec in specs}  # as plans name them
     rules = re.compile(rf"({'|'.join(map(re.escape, modules))})(\..+)?")
     _check(config, rules)
-    # transformers 5.17 shows one plan alone, that which it will apply.
-    plans: list[dict[str, str]] = [model.tp_plan, *([model.ep_plan] if hasattr(model, "ep_plan") else [])]
+    plans = _plans(model)
     for plan in plans:
         for rule in [rule for rule, style in plan.items() if rules.fullmatch(rule) or style in _ROUTER_STYLES]:
             del plan[rule]
@@ -69,6 +70,11 @@ def _check(config: Any, rules: re.Pattern[str]) -> None:
             )
 
 
+def _plans(model: PreTrainedModel) -> list[dict[str, str]]:
+    """Of tensor and expert parallel; transformers 5.17 shows one alone, that which it will apply."""
+    return [model.tp_plan, *([model.ep_plan] if hasattr(model, "ep_plan") else [])]
+
+
 def mesh_of_plan(model: PreTrainedModel) -> ExpertMesh | None:
     """The processes that transformers has spread the model over, which share its experts too; None if it has not."""
     config = _distributed_config(model)
@@ -85,7 +91,57 @@ def part_of(
     """A whole tensor in the form of a parameter that a plan may have sharded; every process has the whole."""
     if not isinstance(parameter, DTensor):
         return value
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return _distributed(value, parameter.device_mesh, parameter.placements)
+
+
+class LinearPart(NamedTuple):
+    """A process's part of a linear layer that a plan has sharded, as its adapters have to know it.
+
+    Attributes:
+        mesh: the processes that share the layer.
+        dim: of its weight (N, K): with 0 each has some outputs, and B's rows of them; with 1 some inputs, and A's
+            columns of them, so that v = x A^T has to be summed over all.
+    """
+
+    mesh: DeviceMesh
+    dim: int
+
+    def of_factors(
+        self,
+        a: Tensor,  # (r, K), the whole
+        b: Tensor,  # (N, r), the whole
+    ) -> tuple[Tensor, Tensor]:  # (r, K or a part of it), (N or a part of it, r)
+        """This process's parts of an adapter's factors."""
+        held = [b, a]
+        held[self.dim] = _distributed(held[self.dim], self.mesh, (Shard(self.dim),)).to_local()
+        return held[1], held[0]
+
+
+def linear_part(model: PreTrainedModel, name: str, linear: nn.Module) -> LinearPart | None:
+    """This process's part of the linear layer of that name; None if every process holds it whole.
+
+    Raises:
+        UnsupportedError: the plan shards it by a style other than ``colwise`` and ``rowwise``, the two that PEFT knows.
+    """
+    weight = linear.get_parameter("weight")
+    if not isinstance(weight, DTensor):
+        return None
+    rule = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    styles = sorted({plan[rule] for plan in _plans(model) if rule in plan})
+    dim = _LINEAR_STYLES.get(styles[0]) if len(styles) == 1 else None
+    if dim is None or weight.placements != (Shard(dim),):
+        raise UnsupportedError(
+            f"LoRA on {name}",
+            got=f"a layer that transformers' plan shards by {' or '.join(styles) or 'no rule of that name'}",
+            rule=" or ".join(_LINEAR_STYLES),
+            remedy="load the model with device_mesh= alone, which shares the experts and nothing else",
+        )
+    return LinearPart(weight.device_mesh, dim)
+
+
+def _distributed(value: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:
+    """A whole tensor that every process has, without asking another one."""
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
 def _distributed_config(model: PreTrainedModel) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 
 from peft import LoraConfig, LoraModel, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
@@ -117,7 +118,7 @@ class MoELoraModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Attach the adapter; what is left for PEFT to load are its own layers' parameters."""
+        """Attach the adapter; what is left for PEFT to load are its own layers' parameters, as they are filled."""
         if not _is_ours(model):
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         held = adapters_of(model)
@@ -127,12 +128,12 @@ class MoELoraModel(LoraModel):
         held.attach({adapter_name: adapter})
         if held.expected.pop(adapter_name, False):
             _set_adapter(held, [adapter_name])
-        loaded = held.held[adapter_name].linears
+        layers = {name: held.model.get_submodule(name) for name in held.held[adapter_name].linears}
         return {
-            f"{PREFIX}{module}.lora_{letter}.{adapter_name}.weight": tensor
-            for module, factor in loaded.items()
-            for letter, tensor in (("A", factor.a), ("B", factor.b))
-            if isinstance(held.model.get_submodule(module), BaseTunerLayer)
+            f"{PREFIX}{name}.lora_{letter}.{adapter_name}.weight": held[adapter_name].get_parameter("weight").detach()
+            for name, layer in layers.items()
+            if isinstance(layer, LoraLayer)  # all but routers
+            for letter, held in (("A", layer.lora_A), ("B", layer.lora_B))
         }
 
     @classmethod

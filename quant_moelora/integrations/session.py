@@ -240,6 +240,11 @@ class AdapterSession:
         """Whether the running forward serves all names, so that only `token_slots` and `token_places` tell its rows."""
         return self._rows is not None and not self._rows.names
 
+    @property
+    def unnamed(self) -> bool:
+        """Whether no row of the running forward was named, so that all use the active adapters or, disabled, none."""
+        return bool(self.active) or not self.enabled if self._rows is None else self._rows.active
+
     def row_names(self, rows: int) -> list[str] | None:
         """Name of each of ``rows`` rows of a module's input: a batch, or a batch of flattened sequences.
 
@@ -248,10 +253,10 @@ class AdapterSession:
         Raises:
             AdapterError: the rows are no multiple of the batch, so that they cannot be told apart.
         """
-        if self._rows is None:
-            return None if self.active or not self.enabled else [BASE_NAME] * rows
-        if self._rows.active:
+        if self.unnamed:
             return None
+        if self._rows is None:
+            return [BASE_NAME] * rows
         repeats = self._rows.repeats(rows)
         return [name for name, times in zip(self._rows.names, repeats, strict=True) for _ in range(times)]
 

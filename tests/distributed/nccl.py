@@ -24,7 +24,7 @@ from quant_moelora.kernels.common.timing import graph_of
 from quant_moelora.layer import MoEExperts
 from quant_moelora.lora.adapter_file import LayerFactors
 from quant_moelora.lora.bank import AdapterBank
-from tests.adapters import random_factors
+from tests.adapters import attention_lora, random_factors
 from tests.builders import layer, same_bits, scheme
 
 TIMEOUT = timedelta(seconds=180)
@@ -179,18 +179,20 @@ def replayed(case: Case, device: torch.device) -> str:
     return ", ".join(wrong)
 
 
-def whole_models(device: torch.device) -> str:
+def whole_models(device: torch.device, folder: Path) -> str:
     """A model whose experts are shared, and one by transformers' own plan, against one GPU's; "" if right.
 
     Tokens are those that `generate` makes by replaying graphs; under a plan, whose sums are rounded to float16 for each
-    part, logits are compared.
+    part, logits are compared, also with an adapter of attention, whose outputs and inputs the plan cuts.
     """
     import quant_moelora as qm
-    from tests.integrations.models import GPTQ, A, B, generate, load, logits, random_ids
+    from tests.integrations.models import GPTQ, A, B, attention_adapter, generate, load, logits, random_ids
+
+    attention = attention_adapter(folder, more=attention_lora({"o_proj": (128, 128)}, seed=2))
 
     def served(**kwargs: Any) -> Any:
         model = load(GPTQ, dtype=torch.float16, **kwargs)
-        qm.attach_adapters(model, {"a": A, "b": B})
+        qm.attach_adapters(model, {"a": A, "b": B, "attention": attention})
         return model
 
     def made(model: Any) -> list[Tensor]:
@@ -207,7 +209,7 @@ def whole_models(device: torch.device) -> str:
         return "adapters do not differ"
     if world > 2:
         return ""  # there are two heads of keys and values
-    answers = [logits(model, prompts, ["a", "b", "__base__"]) for model in (alone, served(tp_plan="auto"))]
+    answers = [logits(model, prompts, ["a", "attention", "__base__"]) for model in (alone, served(tp_plan="auto"))]
     off = relative(answers[1], answers[0])
     return "" if off < 2.0**-8 else f"logits under a plan are off by {off:.2e}"
 
@@ -225,6 +227,6 @@ def run(rank: int, world: int, folder: str) -> None:
             found[name] = compared(case, device)
         for name in REPLAYED:
             found[f"graph of {name}"] = replayed(CASES[name], device)
-    found["models"] = whole_models(device)
+    found["models"] = whole_models(device, Path(folder) / f"attention-{rank}")
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import quant_moelora as qm
 from quant_moelora.core.errors import QuantMoELoRAError
 from quant_moelora.integrations.transformers import experts_of
+from tests.adapters import attention_lora, linear_lora, write_adapter
 from tests.integrations.models import GPTQ, A, B, attention_adapter, difference, folder_of, generate, load, logits
 
 PROCESSES = 2
@@ -35,10 +38,14 @@ def run(rank: int, folder: Path, timeout: timedelta) -> dict[str, Any]:
     shared = load(GPTQ, backend="reference", **TENSOR)
     found: dict[str, Any] = {"tensor": _differences(_answers(shared), expected), "sharded": _sharded(shared)}
     found["adapters"] = [difference(expected[1][i], expected[1][j]) for i, j in ((0, 1), (1, 2), (2, 0))]
-    found["attention adapter"] = _said(
-        lambda: qm.attach_adapters(shared, {"c": attention_adapter(folder / f"attention-{rank}")})
-    )
+    c, d, head = _attention_adapters(folder / str(rank))
+    found["style"] = _said(lambda: qm.attach_adapters(shared, {"c": head}))
     found["afterwards"] = difference(logits(shared, IDS, NAMES), expected[1])
+    expected = _with_attention(alone, c, d)
+    found["attention"] = _differences(_with_attention(shared, c, d), expected)
+    found["apart"] = [difference(expected[0][0], expected[0][1]), difference(expected[0][1], expected[1][1])]
+    found["peft"] = [_by_peft(load(GPTQ, backend="reference", **TENSOR), c, folder / f"{rank}-saved", expected[1])]
+    expected = _answers(load(GPTQ, backend="reference"))
     found["expert"] = _differences(_answers(load(GPTQ, backend="reference", **EXPERT)), expected)
     qm.install()
     installed: Any = AutoModelForCausalLM.from_pretrained(folder_of(GPTQ), dtype=torch.float32, **TENSOR)
@@ -56,6 +63,33 @@ def _answers(model: Any) -> tuple[Tensor, Tensor, Tensor]:
     base = logits(model, IDS)
     qm.attach_adapters(model, {"a": A, "b": B})
     return base, logits(model, IDS, NAMES), generate(model, list(IDS), NAMES).tokens
+
+
+def _attention_adapters(folder: Path) -> tuple[Path, Path, Path]:
+    """Two of all linear layers of attention, whose outputs or inputs the plan cuts, and one of lm_head."""
+    output = {seed: attention_lora({"k_proj": (64, 128), "o_proj": (128, 128)}, seed=seed) for seed in (2, 3)}
+    one, two = (attention_adapter(folder / str(seed), seed, more) for seed, more in output.items())
+    return one, two, write_adapter(folder / "head", linear_lora("lm_head", 512, 128))
+
+
+def _with_attention(model: Any, c: Path, d: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits of rows with adapters of attention, of experts and with none, with one active and with two, and tokens."""
+    model.load_adapter(c, "c")
+    model.load_adapter(d, "d")
+    named, tokens = logits(model, IDS, ["c", "__base__", "d"]), generate(model, list(IDS), ["d", "a", "c"]).tokens
+    model.set_adapter(["c"])
+    one = logits(model, IDS)
+    model.set_adapter(["c", "d"])
+    return named, one, logits(model, IDS), tokens
+
+
+def _by_peft(model: Any, path: Path, folder: Path, expected: Tensor) -> float:
+    """How far off logits are by PEFT's own calls; infinite unless what it saves is what it has read."""
+    wrapped = PeftModel.from_pretrained(model, path)
+    wrapped.save_pretrained(str(folder))
+    read, saved = (load_file(where / "adapter_model.safetensors") for where in (path, folder))
+    same = read.keys() == saved.keys() and all(torch.equal(read[key], saved[key]) for key in read)
+    return difference(logits(wrapped, IDS), expected) if same else float("inf")
 
 
 def _differences(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[float]:

@@ -47,12 +47,12 @@ def test_a_model_that_two_processes_loaded(found: Found) -> None:
     assert [of_rank["models"] for of_rank in found[:2]] == [{"off": "", "changed": ""}] * 2
 
 
-@pytest.mark.parametrize("plan", ["tensor", "expert", "installed"])
+@pytest.mark.parametrize("plan", ["tensor", "expert", "installed", "attention", "peft"])
 def test_a_model_under_a_plan_of_transformers(plan: str, found: Found) -> None:
     """Logits, and tokens that are the same on both processes, with and without adapters that differ."""
     for of_rank in found[:2]:
         assert max(of_rank["plans"][plan]) < ROUNDING
-        assert min(of_rank["plans"]["adapters"]) > EFFECT
+        assert min(of_rank["plans"]["adapters"] + of_rank["plans"]["apart"]) > EFFECT
 
 
 def test_a_plan_shards_what_it_says_and_we_the_experts(found: Found) -> None:
@@ -63,7 +63,7 @@ def test_a_plan_shards_what_it_says_and_we_the_experts(found: Found) -> None:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("attention adapter", r"AdapterError: .*LoRA on model.layers.0.self_attn.q_proj, .* device_mesh= alone"),
+        ("style", r"UnsupportedError: LoRA on lm_head: got .* shards by colwise_\w+, .* device_mesh= alone"),
         ("rule", r"UnsupportedError: tp_plan .*routed experts: model.layers.\*.mlp.experts,"),
         ("fsdp", r"UnsupportedError: distributed_config: got fsdp_size=2,"),
     ],
