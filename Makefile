@@ -10,6 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# Many tests start processes, which would compile what they import anew if the environment forbids to keep it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test check static gpu multi-gpu compile-all clean
 
 demo: $(VENV)/.installed
