@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from quant_moelora.kernels.align.launch import _blocks, _compared, _lanes
+from quant_moelora.kernels.align.launch import _blocks, _sorting
 from quant_moelora.kernels.common.launch import options
 from tests.kernels.compiled import disassembled
 from tests.kernels.sass import Program
 
-PAIRS = (8, 64, 65, 512, 1000, 32_768)  # compared each with each up to 64
+EXPERTS = 128
+PAIRS = (8, 64, 65, 512, 1000, 8192, 32_768)  # compared each with each up to 64
 
 
 def compiled(pairs: int, lora: bool, capability: int) -> tuple[int, int, Program]:
@@ -22,15 +23,16 @@ def compiled(pairs: int, lora: bool, capability: int) -> tuple[int, int, Program
 
     few = pairs <= 64 and not lora
     block, size, warps = _blocks(pairs, few=few, slots=lora)
+    lanes, compared = _sorting(pairs, EXPERTS, block, warps)
     overlap = capability >= 90
     constants = {
         "TOP_K": 8,
         "BM": 16,
         "BLOCK": block,
         "SIZE": size,
-        "OWN": _lanes(pairs, 128, warps),
+        "OWN": lanes,
         "FEW": few,
-        "COMPARED": _compared(pairs, block),
+        "COMPARED": compared,
         "OVERLAP": overlap,
     }
     constants |= {} if lora else {"slots": None, "segments": None}

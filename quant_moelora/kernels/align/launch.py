@@ -70,6 +70,7 @@ def align_tensors(
 
     few = pairs <= _FEW and slots is None
     block, size, warps = _blocks(pairs, few=few, slots=slots is not None)
+    lanes, compared = _sorting(pairs, num_experts, block, warps)
     overlap = overlaps(device)
     launch(
         align_kernel,
@@ -91,9 +92,9 @@ def align_tensors(
         BM=tile_rows,
         BLOCK=block,
         SIZE=size,
-        OWN=_lanes(pairs, num_experts, warps),
+        OWN=lanes,
         FEW=few,
-        COMPARED=_compared(pairs, block),
+        COMPARED=compared,
         OVERLAP=overlap,
         overlap=overlap,
         num_warps=warps,
@@ -125,16 +126,14 @@ def _blocks(pairs: int, *, few: bool, slots: bool) -> tuple[int, int, int]:
     return block, (64 if pairs > _BLOCK else 32) * warps, warps
 
 
-def _lanes(pairs: int, num_experts: int, warps: int) -> int:
-    """Lanes that sort own pairs: fewer where an expert has few, since lanes have to be added up."""
+def _sorting(pairs: int, num_experts: int, block: int, warps: int) -> tuple[int, int]:
+    """Lanes that sort own pairs by slot, and most own pairs that are compared each with each instead.
+
+    Lanes have to be added up, so that they are fewer where an expert has fewer pairs (`align-lanes-h200.csv`).
+    """
     if pairs <= _BLOCK:
-        return max(64, 512 // warps)
-    return 128 if pairs < 128 * num_experts else 32 * warps
-
-
-def _compared(pairs: int, block: int) -> int:
-    """Most own pairs of slots that are compared each with each; with many pairs an expert has more of them."""
-    return min(_COMPARED, block) if pairs <= _BLOCK else 0
+        return max(64, 512 // warps), min(_COMPARED, block)
+    return (128, _COMPARED) if pairs < 128 * num_experts else (32 * warps, 0)
 
 
 def num_tiles(num_pairs: int, num_experts: int, tile_rows: int) -> int:
