@@ -30,6 +30,8 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if INTERPRETED:
         interpret(monkeypatch)
         monkeypatch.setattr(tune, "prepare", lambda weight, dtype: (prepared(weight, dtype), None))
+    else:  # of a layer as small as these it would take thousands of copies, with adapters each, to fill a GPU's cache
+        monkeypatch.setattr(tune.Weights, "copies", lambda *_: 2)
     with torch.inference_mode():
         yield
 
