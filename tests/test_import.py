@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Heavy packages that modules may use, imported once for all the processes that import a module each.
-PRELOAD = ("torch", "transformers", "peft", "compressed_tensors", "typer")
+# Heavy packages that modules may use, and what comes before each module of the package, imported once for all the
+# processes that import a module each.
+PRELOAD = ("torch", "transformers", "peft", "compressed_tensors", "typer", "quant_moelora")
 
 
 def module_names() -> list[str]:

@@ -153,7 +153,7 @@ def _forward(
     """
     if not layer.lora_A:  # all have been detached
         return layer.get_base_layer()(x, *args, **kwargs)
-    if session.nameless or getattr(layer, _PART) is not None:
+    if session.nameless or getattr(layer, _PART, None) is not None:
         y: Tensor = layer.get_base_layer()(x, *args, **kwargs)
         stack = _stack(session, layer)
         mine = _mine(session, stack, x)
@@ -196,7 +196,7 @@ class _Stack:
 
 
 def _mine(session: AdapterSession, stack: _Stack, x: Tensor) -> Tensor | None:  # (..., K) -> (..., R) bool
-    """Which ranks each row uses; None where no row uses any, whoever it is, so that all processes know."""
+    """Which ranks each row uses; None where no row uses any, as every process knows that shares the layer."""
     if session.unnamed:
         active = [stack.owners == session.places[name] for name in session.active] if session.enabled else []
         return functools.reduce(torch.logical_or, active) if active else None
@@ -216,7 +216,7 @@ def _stack(session: AdapterSession, layer: LoraLayer) -> _Stack:
         owners = torch.tensor([session.places[n] for n, r in zip(names, ranks, strict=True) for _ in range(r)])
         scalings = torch.tensor([layer.scaling[n] for n, r in zip(names, ranks, strict=True) for _ in range(r)])
         stacked_a, stacked_b = torch.cat(a).detach(), torch.cat(b, dim=1).detach()
-        part: LinearPart | None = getattr(layer, _PART)
+        part: LinearPart | None = getattr(layer, _PART, None)
         sharers = group_of(part.mesh) if part is not None and part.dim == 1 else None
         owners = owners.int().to(stacked_a.device)
         held = _Stack(session.modules, stacked_a, stacked_b, owners, scalings.to(stacked_a), sharers)

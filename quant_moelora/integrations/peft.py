@@ -130,10 +130,10 @@ class MoELoraModel(LoraModel):
             _set_adapter(held, [adapter_name])
         layers = {name: held.model.get_submodule(name) for name in held.held[adapter_name].linears}
         return {
-            f"{PREFIX}{name}.lora_{letter}.{adapter_name}.weight": held[adapter_name].get_parameter("weight").detach()
+            f"{PREFIX}{name}.lora_{letter}.{adapter_name}.weight": own[adapter_name].get_parameter("weight").detach()
             for name, layer in layers.items()
             if isinstance(layer, LoraLayer)  # all but routers
-            for letter, held in (("A", layer.lora_A), ("B", layer.lora_B))
+            for letter, own in (("A", layer.lora_A), ("B", layer.lora_B))
         }
 
     @classmethod
