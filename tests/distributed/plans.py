@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,19 @@ import quant_moelora as qm
 from quant_moelora.core.errors import QuantMoELoRAError
 from quant_moelora.integrations.transformers import experts_of
 from tests.adapters import attention_lora, linear_lora, write_adapter
-from tests.integrations.models import GPTQ, A, B, attention_adapter, difference, folder_of, generate, load, logits
+from tests.integrations.models import (
+    EFFECT,
+    GPTQ,
+    A,
+    B,
+    attention_adapter,
+    difference,
+    folder_of,
+    generate,
+    load,
+    logits,
+)
+from tests.integrations.test_deepseek import SMALL, make_adapter, make_checkpoint
 
 PROCESSES = 2
 TENSOR: dict[str, Any] = {"tp_plan": "auto", "tp_size": PROCESSES}
@@ -54,6 +67,7 @@ def run(rank: int, folder: Path, timeout: timedelta) -> dict[str, Any]:
     rule = {"model.layers.*.mlp.experts": "moe_tp_experts"}
     for what, given in (("rule", TENSOR | {"tp_plan": rule}), ("fsdp", {"distributed_config": {"fsdp_size": 2}})):
         found[what] = _said(lambda given=given: load(GPTQ, **given))
+    found["deepseek"] = [_latent_attention(rank, folder)]
     dist.destroy_process_group()
     return found
 
@@ -90,6 +104,23 @@ def _by_peft(model: Any, path: Path, folder: Path, expected: Tensor) -> float:
     read, saved = (load_file(where / "adapter_model.safetensors") for where in (path, folder))
     same = read.keys() == saved.keys() and all(torch.equal(read[key], saved[key]) for key in read)
     return difference(logits(wrapped, IDS), expected) if same else float("inf")
+
+
+def _latent_attention(rank: int, folder: Path) -> float:
+    """How far off logits are with an adapter of every linear layer: latent attention, a dense MLP, shared experts."""
+    size, names = replace(SMALL, inter=2 * 64), ["x", "__base__", "y"]
+    if rank == 0:
+        linears = make_checkpoint(folder / "deepseek", size, torch.float32)
+        for seed, name in enumerate("xy"):
+            make_adapter(folder / name, size, linears, seed, torch.float32)
+    dist.barrier()
+    answers: list[Tensor] = []
+    for given in ({}, TENSOR):
+        model = load(folder / "deepseek", dtype=torch.float32, backend="reference", **given)
+        qm.attach_adapters(model, {name: folder / name for name in "xy"})
+        answers.append(logits(model, IDS, names))
+    assert min(difference(answers[0][i], answers[0][j]) for i, j in ((0, 1), (1, 2), (2, 0))) > EFFECT
+    return difference(answers[1], answers[0])
 
 
 def _differences(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[float]:

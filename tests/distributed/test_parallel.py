@@ -47,7 +47,7 @@ def test_a_model_that_two_processes_loaded(found: Found) -> None:
     assert [of_rank["models"] for of_rank in found[:2]] == [{"off": "", "changed": ""}] * 2
 
 
-@pytest.mark.parametrize("plan", ["tensor", "expert", "installed", "attention", "peft"])
+@pytest.mark.parametrize("plan", ["tensor", "expert", "installed", "attention", "peft", "deepseek"])
 def test_a_model_under_a_plan_of_transformers(plan: str, found: Found) -> None:
     """Logits, and tokens that are the same on both processes, with and without adapters that differ."""
     for of_rank in found[:2]:
