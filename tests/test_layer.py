@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from quant_moelora.core.activations import Activation
-from quant_moelora.core.backend import Prepared
 from quant_moelora.core.errors import AdapterError, BackendError, ShapeError
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.routing import Routing
@@ -50,15 +47,6 @@ def tokens(count: int = M, dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
     """x, ids and weights, some pairs without an expert."""
     case = routing(count, K, E)
     return torch.randn(count, H).to(dtype), case.topk_ids, case.topk_weights
-
-
-class Rounding(ReferenceBackend):
-    """Says that it has rounded."""
-
-    name = "rounding"
-
-    def prepare(self, info: MoEQuantInfo, dtype: torch.dtype, tuned_configs: str | None = None) -> Prepared:
-        return dataclasses.replace(super().prepare(info, dtype, tuned_configs), lossy="w13: scales rounded")
 
 
 SLOTS = torch.tensor([0, -1, 1, 0, 1, -1, 0])
@@ -243,14 +231,6 @@ class TestForward:
             assert experts(x.to(dtype), ids, weights).dtype == dtype
         assert seen == [torch.float32, torch.bfloat16, torch.float32]
         assert isinstance(experts.backend, Counting)
-
-    def test_layers_that_lose_the_same_warn_once(self) -> None:
-        layers = [MoEExperts(build().info, backend=Rounding()) for _ in range(2)]
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("default")
-            for experts in layers:
-                experts(*tokens())
-        assert [str(warning.message) for warning in caught] == ["experts in torch.float32: w13: scales rounded"]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])

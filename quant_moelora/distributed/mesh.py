@@ -142,7 +142,7 @@ class ExpertMesh:
                 remedy="name them, or pass the slice mesh['ep', 'tp'] of a larger mesh",
             )
         self.mesh = mesh
-        self.tp, self.ep = (group_of(mesh, name) if name in names else Group("", 0, 1) for name in DIMENSIONS[::-1])
+        self.tp, self.ep = group_of(mesh, "tp"), group_of(mesh, "ep")
         self.config = ParallelConfig(self.tp.rank, self.tp.size, self.ep.rank, self.ep.size, fully_sharded_lora)
 
     def __deepcopy__(self, memo: object) -> ExpertMesh:
@@ -162,6 +162,8 @@ class ExpertMesh:
 
 
 def group_of(mesh: DeviceMesh, name: str | None = None) -> Group:
-    """The processes of a mesh's dimension; without a name of the only one."""
+    """The processes of a mesh's dimension, without a name of the only one; this process alone if there is none."""
+    if name is not None and name not in (mesh.mesh_dim_names or ()):
+        return Group("", 0, 1)
     group = mesh.get_group(name)
     return Group(group.group_name, mesh.get_local_rank(name), group.size())

@@ -17,26 +17,26 @@ import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from quant_moelora.core.errors import AdapterError
 from quant_moelora.distributed.mesh import Group, group_of
-from quant_moelora.integrations.parallel_plan import LinearPart, linear_part
+from quant_moelora.integrations.parallel_plan import check_linear_part, linear_part
 from quant_moelora.integrations.session import ADAPTER_NAMES, AdapterSession
 from quant_moelora.lora.adapter_file import Adapter, Factor
 
 _LED = "_quant_moelora_session"  # attribute of PEFT's layers whose forward the session leads
 _STACK = "_quant_moelora_stack"  # attribute of the same: the last `_Stack`
-_PART = "_quant_moelora_part"  # attribute of the same: the `LinearPart`, if the layer is shared
 
 
 def check_linears(model: PreTrainedModel, adapter: Adapter, routers: Mapping[str, nn.Module]) -> None:
     """Raise unless every other module of the adapter is a linear layer or router of the model, of its dimensions.
 
     Raises:
-        AdapterError: it is not.
-        UnsupportedError: transformers has sharded it otherwise than `linear_part` knows.
+        AdapterError: it is not, or it is a router that transformers has sharded.
+        UnsupportedError: a linear layer as `check_linear_part`.
     """
     for name, factor in adapter.linears.items():
         module = routers.get(name) or _base_linear(model, name)
@@ -47,7 +47,15 @@ def check_linears(model: PreTrainedModel, adapter: Adapter, routers: Mapping[str
                 rule="modules of the model",
                 remedy="attach the adapter to the model it was trained on; embeddings are not served",
             )
-        linear_part(model, name, module)
+        if name not in routers:
+            check_linear_part(model, name, module)
+        elif isinstance(module.get_parameter("weight"), DTensor):
+            raise AdapterError(
+                f"adapter {adapter.path}",
+                got=f"LoRA on router {name}, of which each process holds a part, by transformers' tensor parallel plan",
+                rule="routers that every process holds whole",
+                remedy="load the model with device_mesh= alone, which shares the experts and nothing else",
+            )
         rank, (n, k) = factor.a.shape[0], module.get_parameter("weight").shape
         if (tuple(factor.a.shape), tuple(factor.b.shape)) != ((rank, k), (n, rank)):
             raise AdapterError(
@@ -86,7 +94,7 @@ class _Around(nn.Module):
         self.model = model
 
 
-def inject_linears(model: PreTrainedModel, name: str, adapter: Adapter, linears: Mapping[str, Factor]) -> None:
+def inject_linears(model: nn.Module, name: str, adapter: Adapter, linears: Mapping[str, Factor]) -> None:
     """Let PEFT put its layers around the adapter's plain linears, and fill them; the new ones are frozen.
 
     Of a layer that processes share each holds its part of the factor that is cut with it.
@@ -116,8 +124,7 @@ def inject_linears(model: PreTrainedModel, name: str, adapter: Adapter, linears:
     for module_name, factor in linears.items():
         module = model.get_submodule(module_name)
         assert isinstance(module, LoraLayer)  # LoraModel
-        part = linear_part(model, module_name, module.get_base_layer())
-        setattr(module, _PART, part)
+        part = linear_part(module.get_base_layer())
         held = (factor.a, factor.b) if part is None else part.of_factors(factor.a, factor.b)
         for own, tensor in zip((module.lora_A[name], module.lora_B[name]), held, strict=True):
             weight = own.get_parameter("weight")
@@ -151,10 +158,11 @@ def _forward(
 
     PEFT's model class would give them the names; ours is the model.
     """
+    base = layer.get_base_layer()
     if not layer.lora_A:  # all have been detached
-        return layer.get_base_layer()(x, *args, **kwargs)
-    if session.nameless or getattr(layer, _PART, None) is not None:
-        y: Tensor = layer.get_base_layer()(x, *args, **kwargs)
+        return base(x, *args, **kwargs)
+    if session.nameless or isinstance(base.weight, DTensor):
+        y: Tensor = base(x, *args, **kwargs)
         stack = _stack(session, layer)
         mine = _mine(session, stack, x)
         return y if mine is None else y + stack.delta(x, mine).to(y.dtype)
@@ -216,7 +224,7 @@ def _stack(session: AdapterSession, layer: LoraLayer) -> _Stack:
         owners = torch.tensor([session.places[n] for n, r in zip(names, ranks, strict=True) for _ in range(r)])
         scalings = torch.tensor([layer.scaling[n] for n, r in zip(names, ranks, strict=True) for _ in range(r)])
         stacked_a, stacked_b = torch.cat(a).detach(), torch.cat(b, dim=1).detach()
-        part: LinearPart | None = getattr(layer, _PART, None)
+        part = linear_part(layer.get_base_layer())
         sharers = group_of(part.mesh) if part is not None and part.dim == 1 else None
         owners = owners.int().to(stacked_a.device)
         held = _Stack(session.modules, stacked_a, stacked_b, owners, scalings.to(stacked_a), sharers)

@@ -37,7 +37,7 @@ def leave_out_experts(model: PreTrainedModel, specs: Iterable[ExpertsSpec]) -> N
     config = _distributed_config(model)
     if config is None:
         return
-    modules = {re.sub(r"\.\d+(?=\.|$)", ".*", spec.module) for spec in specs}  # as plans name them
+    modules = {_as_in_plans(spec.module) for spec in specs}
     rules = re.compile(rf"({'|'.join(map(re.escape, modules))})(\..+)?")
     _check(config, rules)
     plans = _plans(model)
@@ -68,6 +68,11 @@ def _check(config: Any, rules: re.Pattern[str]) -> None:
                 rule="rules for other modules; this library shares the experts itself",
                 remedy="leave these rules out; to share the experts otherwise, pass device_mesh too",
             )
+
+
+def _as_in_plans(module: str) -> str:
+    """The name by which plans mean a module of every layer."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", module)
 
 
 def _plans(model: PreTrainedModel) -> list[dict[str, str]]:
@@ -117,16 +122,26 @@ class LinearPart(NamedTuple):
         return held[1], held[0]
 
 
-def linear_part(model: PreTrainedModel, name: str, linear: nn.Module) -> LinearPart | None:
-    """This process's part of the linear layer of that name; None if every process holds it whole.
+def linear_part(linear: nn.Module) -> LinearPart | None:
+    """This process's part of a linear layer that `check_linear_part` lets pass; None if every process has it whole."""
+    weight = linear.get_parameter("weight")
+    if not isinstance(weight, DTensor):
+        return None
+    (placement,) = weight.placements
+    assert isinstance(placement, Shard)  # `check_linear_part`
+    return LinearPart(weight.device_mesh, placement.dim)
+
+
+def check_linear_part(model: PreTrainedModel, name: str, linear: nn.Module) -> None:
+    """Raise if processes share the linear layer of that name in a way that adapters do not follow.
 
     Raises:
         UnsupportedError: the plan shards it by a style other than ``colwise`` and ``rowwise``, the two that PEFT knows.
     """
     weight = linear.get_parameter("weight")
     if not isinstance(weight, DTensor):
-        return None
-    rule = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        return
+    rule = _as_in_plans(name)
     styles = sorted({plan[rule] for plan in _plans(model) if rule in plan})
     dim = _LINEAR_STYLES.get(styles[0]) if len(styles) == 1 else None
     if dim is None or weight.placements != (Shard(dim),):
@@ -136,7 +151,6 @@ def linear_part(model: PreTrainedModel, name: str, linear: nn.Module) -> LinearP
             rule=" or ".join(_LINEAR_STYLES),
             remedy="load the model with device_mesh= alone, which shares the experts and nothing else",
         )
-    return LinearPart(weight.device_mesh, dim)
 
 
 def _distributed(value: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import dataclass, field
 
 import pytest
@@ -165,6 +166,15 @@ def test_the_layer_says_the_choice_and_what_a_cast_loses(
     assert (out == 7).all() and experts.backend is registry.BACKENDS[1]
     messages = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert messages == [("INFO", "experts backend b (not a: no GPU)")] and len(said) == 1
+
+
+def test_layers_that_lose_the_same_warn_once(info: MoEQuantInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, FakeBackend("a"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            MoEExperts(info)(torch.zeros(1, 64), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+    assert [str(warning.message) for warning in caught] == ["experts in torch.float32: 3 scales were rounded"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
