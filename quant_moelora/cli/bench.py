@@ -189,9 +189,11 @@ def _experts_clock(model: PreTrainedModel) -> Generator[list[float]]:
     spent: list[float] = []
 
     def start(*_: Any) -> None:
+        """Begin a span of time."""
         spent.append(-_now(model.device))
 
     def stop(*_: Any) -> None:
+        """End the span."""
         spent[-1] += _now(model.device)
 
     handles = [

@@ -24,10 +24,12 @@ class BaseInjection:
 
     def __init__(self, info: MoEQuantInfo) -> None:
         def activation(x: Tensor, gate_up: Tensor, out: Tensor, routing: Routing, plan: Plan, ws: Workspace) -> Tensor:
+            """The base's activation."""
             activate = launched_activation if gate_up.is_cuda else activation_reference.activate
             return activate(gate_up, info, routing, plan, out)
 
         def weighted_sum(h: Tensor, y: Tensor, out: Tensor, routing: Routing, plan: Plan, ws: Workspace) -> Tensor:
+            """The base's sum."""
             moe_sum = launched_moe_sum if y.is_cuda else moe_sum_reference.moe_sum
             return moe_sum(y, info, routing, plan, out)
 

@@ -73,10 +73,12 @@ class CpuBackend:
         plan = align(routing, info.num_experts)
 
         def w13(rows: Tensor) -> Tensor:
+            """gate and up of each pair."""
             out = rows.new_empty(pairs, packed13.rows)
             return grouped_gemm(rows, packed13, made["w13.columns"], plan, routing.top_k, out)
 
         def w2(rows: Tensor) -> Tensor:
+            """down of each pair."""
             out = rows.new_empty(pairs, info.hidden_size)
             return grouped_gemm(rows, packed2, made["w2.columns"], plan, None, out)
 

@@ -109,6 +109,7 @@ class LoRAPoint:
         ids, weights, tables, tiles = routing.topk_ids, routing.topk_weights, self._tables[copy], self.case.tiles
 
         def run() -> Tensor:
+            """One launch of the layer."""
             run_lora_layer(self._x, ids, weights, slots[number], layer, tables, self._out, tiles, cut)
             return self._out
 

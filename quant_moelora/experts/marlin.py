@@ -96,9 +96,11 @@ def _by_steps(
     plan, tiles = plan_of(routing, prepared.info.num_experts, layer.tiles)
 
     def w13(rows: Tensor) -> Tensor:
+        """gate and up of each pair."""
         return grouped_gemm(rows, ids, plan.rows, tiles, True, layer.w13.rows, *layer.tiles, *layer.w13)
 
     def w2(rows: Tensor) -> Tensor:
+        """down of each pair."""
         return grouped_gemm(rows, ids, plan.rows, tiles, False, layer.w2.n, *layer.tiles, *layer.w2)
 
     return apply_by_steps(x, prepared, routing, plan, injection, workspace, w13, w2)

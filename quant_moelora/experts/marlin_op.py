@@ -131,6 +131,7 @@ def run_lora_layer(
         product, inverse, segments = _sorted(ids, slots, tables.rank.shape[0], w13.num_experts, tiles)
 
         def buffer(_: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            """A tensor of its own under any name."""
             return x.new_empty(shape, dtype=dtype)
 
         lora = LoRAForward.new(x, tables, facts, ids, topk_weights, slots, product.rows, segments, buffer, cut)

@@ -52,9 +52,11 @@ class ReferenceBackend:
         plan = align(routing, info.num_experts)
 
         def w13(rows: Tensor) -> Tensor:
+            """gate and up of each pair."""
             return grouped_gemm(rows, info.w13, plan, routing.top_k, rows.new_empty(pairs, info.w13.rows))
 
         def w2(rows: Tensor) -> Tensor:
+            """down of each pair."""
             return grouped_gemm(rows, info.w2, plan, None, rows.new_empty(pairs, info.hidden_size))
 
         return apply_by_steps(x, prepared, routing, plan, injection, workspace, w13, w2)

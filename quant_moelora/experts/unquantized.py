@@ -58,9 +58,11 @@ class UnquantizedBackend:
         plan, tiles = dense_plan(routing, info.num_experts)
 
         def w13(rows: Tensor) -> Tensor:
+            """gate and up of each pair."""
             return dense_gemm(rows, plan.rows, tiles, made["w13.w"], info.w13.bias, routing.top_k, info.w13.rows)
 
         def w2(rows: Tensor) -> Tensor:
+            """down of each pair."""
             return dense_gemm(rows, plan.rows, tiles, made["w2.w"], info.w2.bias, None, info.hidden_size)
 
         return apply_by_steps(x, prepared, routing, plan, injection, workspace, w13, w2)

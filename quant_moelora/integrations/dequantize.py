@@ -45,6 +45,7 @@ def _stock_model(model: PreTrainedModel, dtype: torch.dtype | str | None, *, cop
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or own
 
     def cast(tensor: Tensor) -> Tensor:
+        """What is of the model's dtype in the wanted one."""
         return tensor.to(wanted if tensor.dtype == own else tensor.dtype, copy=copied)
 
     config = copy.deepcopy(model.config)

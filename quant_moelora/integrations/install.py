@@ -72,6 +72,7 @@ def _instead_of(stock: Any) -> Callable[..., Any]:
 
     @functools.wraps(stock.__func__)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Load by this library what it serves, and all else as before."""
         config = None if model_args else _config(pretrained_model_name_or_path, kwargs)
         if config is None or not _is_served(pretrained_model_name_or_path, config, kwargs):
             return stock.__func__(cls, pretrained_model_name_or_path, *model_args, **kwargs)

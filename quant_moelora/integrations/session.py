@@ -105,6 +105,7 @@ class AdapterSession:
 
     @slots.setter
     def slots(self, slots: dict[str, int]) -> None:
+        """Number adapters that are new."""
         self._slots = slots
         self._changed()
 
@@ -115,6 +116,7 @@ class AdapterSession:
 
     @combined.setter
     def combined(self, combined: dict[str, int]) -> None:
+        """Number combinations that are new."""
         self._combined = combined
         self._changed()
 
@@ -344,6 +346,7 @@ def with_adapter_names(forward: Callable[..., Any], session: AdapterSession) -> 
 
     @functools.wraps(forward)
     def wrapper(*args: Any, adapter_names: Sequence[str] | AdapterRows | None = None, **kwargs: Any) -> Any:
+        """The forward, whose rows have these names."""
         inputs = _rows_of(args[0] if args else None, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         with session.choose(adapter_names, inputs.shape[0], inputs.device):
             return forward(*args, **kwargs)
@@ -362,6 +365,7 @@ def with_adapter_rows(prepare: Callable[..., dict[str, Any]], session: AdapterSe
 
     @functools.wraps(prepare)
     def wrapper(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The inputs, names of rows among them."""
         inputs = prepare(*args, **kwargs)
         names = inputs.pop(ADAPTER_NAMES, None)
         if not isinstance(names, AdapterRows):

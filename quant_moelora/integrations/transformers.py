@@ -276,6 +276,7 @@ class QuantMoELoRAQuantizer(HfQuantizer):
         graphs = DecodeGraphs(model, layers, self.session, compiled)
 
         def get_compiled_call(compile_config: Any) -> Callable[..., Any]:
+            """Graphs where they can be captured and nobody asked for compiled code."""
             return graphs if compile_config is None and model.device.type == "cuda" else compiled(compile_config)
 
         held.get_compiled_call = get_compiled_call

@@ -102,6 +102,7 @@ def load_layer(
     workers = min(torch.get_num_threads(), len(chunks), CODES_IN_WORK // (count * codes)) if on_cpu else 1
 
     def load(chunk: list[int]) -> tuple[list[int], MoEQuantInfo]:
+        """Places among this process's experts, and the experts."""
         return [expert - own.start for expert in chunk], _load_chunk(_Reader(checkpoint, layer, chunk, device), held)
 
     with closing(in_parallel(load, chunks, workers)) as parts:
@@ -148,6 +149,7 @@ def _build(reader: _Reader, size: int, inter: Span | None) -> MoEQuantInfo:
     layer, halves = reader.layer, reader.layer.spec.activation.halves
 
     def rows(stored: Stored) -> Cut:
+        """The span's rows of a linear layer as it is stored."""
         return Cut() if inter is None else Cut(row_spans(inter, size, stored, halves, layer.source_order))
 
     w13 = _halves([_read_linear(reader, stored, rows(stored)) for stored in layer.w13], layer)
@@ -287,6 +289,7 @@ def _side_by_side(parts: list[Any]) -> Weight:
     """Linear layers [E, N, K] as halves [E, halves, N, K]."""
 
     def stack(tensors: list[Tensor]) -> Tensor:  # one alone is not copied
+        """Halves beside each other."""
         return torch.stack(tensors, dim=1) if len(tensors) > 1 else tensors[0].unsqueeze(1)
 
     if isinstance(parts[0], Tensor):
@@ -305,6 +308,7 @@ def _joined(
     """Weights of one scheme put together row by row, with the map of the whole."""
 
     def joined(name: str) -> Tensor | None:
+        """One of the weights' tensors, if they have it."""
         held = [getattr(part, name) for part in parts]
         return None if held[0] is None else join(held)
 

@@ -249,6 +249,7 @@ def _activation_of_sorted(module: nn.Module) -> Activation | None:
         return None
 
     def numbers(*shape: int) -> Tensor:  # of both signs; torch's default dtype and device may be others here
+        """Values that differ."""
         return torch.arange(math.prod(shape), dtype=torch.float32, device="cpu").sin().view(shape)
 
     experts, hidden, inter = 2, 4, 3

@@ -24,6 +24,7 @@ def model_names(model: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
     state = dict(model.state_dict())
 
     def name_of(key: str) -> tuple[str, bool]:
+        """The model's name of a tensor, and whether tensors have to be converted for it."""
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name not in state and key in state:  # as transformers does: some renamings also match the model's own names
             return key, False

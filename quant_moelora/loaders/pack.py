@@ -79,6 +79,7 @@ def join_experts(parts: Iterable[tuple[Sequence[int], MoEQuantInfo]], num_expert
     assert info is not None
 
     def weight(part: ExpertWeight, name: str) -> ExpertWeight:
+        """A weight with the joined tensors of its name."""
         held: dict[str, Any] = {key.removeprefix(name): joined[key] for key in joined if key.startswith(name)}
         return replace(part, num_experts=num_experts, **held)
 
@@ -123,6 +124,7 @@ def _permute_rows(weight: Weight, order: Tensor) -> Weight:
     """Rows of every half in ``order``, int64 [E, 1, N]."""
 
     def rows(tensor: Tensor) -> Tensor:  # (E, halves, N, X)
+        """The rows in their new order."""
         return tensor.gather(2, order.unsqueeze(-1).expand(tensor.shape))
 
     if isinstance(weight, Tensor):
@@ -162,6 +164,7 @@ def _expert_weight(
     """Pad and pack; dimensions that are not given are padded as little as the layout allows."""
 
     def padded_bias(n_pad: int) -> Tensor | None:
+        """The bias with zeros for padded rows."""
         return None if bias is None else F.pad(bias, (0, n_pad - n)).flatten(1, 2)
 
     experts, halves, n, k = _shape(weight)
@@ -180,6 +183,7 @@ def _expert_weight(
     groups = k_pad // (scheme.group_size or k_pad)
 
     def pairs(values: Tensor) -> Tensor:  # (E, halves, N, G)
+        """Values of groups, padded and two in a word."""
         return packing.pack_pairs(_pad(values, groups - values.shape[-1], n_pad - n).flatten(1, 2))
 
     codes = _pad(_pad_columns(weight, k_pad), 0, n_pad - n).flatten(1, 2)

@@ -62,6 +62,7 @@ def promote(weight: CanonicalWeight, scheme: QuantScheme, what: str) -> Canonica
     group = first // (old.group_size or k)  # old group of each new one
 
     def divided(values: Tensor) -> Tensor:  # (..., N, G) -> (..., N, new G)
+        """Values of the old groups for the new ones."""
         return values[..., group]
 
     return replace(

@@ -80,6 +80,7 @@ def _with_expand13(base: ActivationCallable, ctx: MoELoRAContext, layer: tuple[A
     """The base activation of gate_up + delta; ``layer`` is what operators take of it."""
 
     def activation(x: Tensor, gate_up: Tensor, out: Tensor, routing: Routing, plan: Plan, ws: Workspace) -> Tensor:
+        """See `ActivationCallable`."""
         if _asks_for_none(routing, plan):
             return base(x, gate_up, out, routing, plan, ws)
         if _on_gpu(x):
@@ -96,6 +97,7 @@ def _with_expand2(base: MoeSumCallable, ctx: MoELoRAContext, layer: tuple[Any, .
     """The base sum of y + delta."""
 
     def moe_sum(h: Tensor, y: Tensor, out: Tensor, routing: Routing, plan: Plan, ws: Workspace) -> Tensor:
+        """See `MoeSumCallable`."""
         if _asks_for_none(routing, plan):
             return base(h, y, out, routing, plan, ws)
         if _on_gpu(out):
@@ -106,6 +108,7 @@ def _with_expand2(base: MoeSumCallable, ctx: MoELoRAContext, layer: tuple[Any, .
         return base(h, expand2(v, ctx, plan, y.to(torch.float32, copy=True)), out, routing, plan, ws)
 
     def whole(v: Tensor) -> Tensor:
+        """v of all columns of h."""
         return v if ctx.collectives is None else ctx.collectives.sum(v)
 
     return moe_sum

@@ -108,6 +108,7 @@ class _Rows:
         self,
         block: Tensor,  # (any,) float, zeros
     ) -> None:
+        """Put the rows where they stand."""
         held = self.value if self.columns is None else self.value[:, self.columns]
         rows, columns = held.shape
         block[self.offset : self.offset + rows * self.width].view(rows, self.width)[:, :columns] = held

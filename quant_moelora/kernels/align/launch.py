@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -58,10 +60,7 @@ def align_tensors(
             rule=f"at least {least}",
             remedy="leave the length out, or pass num_tiles(...) or more",
         )
-
-    def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=device)
-
+    new = functools.partial(torch.empty, dtype=torch.int32, device=device)
     order = new(1 if slots is None else 2, pairs)  # the second row is where pairs are put while they are sorted
     inverse, offsets = new(pairs), new(num_experts + 1)
     segments = None if slots is None else new(num_segments(pairs, num_experts, num_slots), 4)

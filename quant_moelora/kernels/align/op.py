@@ -60,6 +60,7 @@ def define_align(name: str, source: str, height: Callable[..., int]) -> tuple[An
         return rows, inverse, offsets, tiles.new_empty(0, 4) if segments is None else segments, tiles
 
     def write(*arguments: Any) -> None:
+        """Compute into the outputs."""
         given, results = arguments[: -len(_OUTPUTS)], arguments[-len(_OUTPUTS) :]
         for held, made in zip(results, compute(*given), strict=True):
             held.copy_(made)

@@ -51,9 +51,11 @@ def define(
     """
 
     def allocate(*given: Any) -> list[Tensor]:
+        """Results without values."""
         return [given[0].new_empty(shape, dtype=dtype) for shape, dtype in results(*given)]
 
     def make(*given: Any) -> Tensor | tuple[Tensor, ...]:
+        """The operator."""
         if compute is not None:
             return _returned(compute(*given))
         held = allocate(*given)
@@ -61,6 +63,7 @@ def define(
         return _returned(held)
 
     def fill(*given: Any) -> None:
+        """Its twin, which fills the caller's tensors."""
         inputs, held = given[: -len(outputs)], given[-len(outputs) :]
         for output, tensor, (shape, dtype) in zip(outputs, held, results(*inputs), strict=True):
             check_tensor(output, tensor, shape, dtype, why=f"the arguments of {name}_out")
@@ -98,6 +101,7 @@ def _untraced(compute: Callable[..., Any]) -> Callable[..., Any]:
     untraced: Callable[..., Any] | None = None
 
     def run(*given: Any) -> Any:
+        """The function, untraced once there is a compiler."""
         nonlocal untraced
         if untraced is None:
             if "torch._dynamo" not in sys.modules:

@@ -80,6 +80,7 @@ def blank_prepared(weight: PackedWeight, dtype: torch.dtype) -> PreparedWeight:
     """`prepare` of random values, on the meta device."""
 
     def all_experts(tensor: Tensor | None) -> Tensor | None:  # (1, ..) of any dtype -> (E, ..) without data
+        """The same of as many experts as the weight has."""
         if tensor is None:
             return None
         return torch.empty(weight.num_experts, *tensor.shape[1:], dtype=tensor.dtype, device="meta")

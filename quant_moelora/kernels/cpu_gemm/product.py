@@ -162,6 +162,7 @@ def _write(
         parts = deque(_parts(weight, plan))
 
         def work(_: int) -> None:
+            """Take part after part until there is none."""
             with torch.inference_mode():  # of this thread
                 dequantizers: dict[int, BlockDequantizer] = {}
                 while parts:
@@ -190,6 +191,7 @@ class _Differentiable(torch.autograd.Function):
         top_k: int | None,
         out: Tensor,
     ) -> Tensor:
+        """The product."""
         ctx.mark_dirty(out)
         ctx.facts = weight, plan, top_k, x.shape, x.dtype
         return _write(x, weight, columns, plan, top_k, out)

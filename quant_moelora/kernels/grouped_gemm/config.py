@@ -96,6 +96,7 @@ def formula(shape: LayerShape, num_pairs: int, capability: tuple[int, int]) -> L
     """Tiles of a layer that nobody measured."""
 
     def tile(rows: int, columns: int, bits: int, *, fused: bool = False, apart: bool = False) -> Tile:
+        """The formula's tile of one product."""
         return choose_tile(
             num_pairs, shape.num_experts, rows, columns, bits, capability, fused=fused, halves_apart=apart
         )

@@ -194,6 +194,7 @@ class Point:
         out = self._buffer("h" if gemm == "w13" else "out", *shape, dtype=x.dtype)
 
         def launch() -> Tensor:
+            """The product and what follows it."""
             grouped_gemm(x, weight, tiles, rows, top_k, product, cut.tile, activation)
             if cut.fused:
                 return product
@@ -406,6 +407,7 @@ def provenance(commit: str) -> Provenance:
     """With what this process measures."""
 
     def installed(package: str) -> str:
+        """Version of a package, if there is one."""
         try:
             return version(package)
         except PackageNotFoundError:

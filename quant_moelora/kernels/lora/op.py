@@ -87,6 +87,7 @@ def _forward(
     like = given.new_empty(0, lora.hidden)
 
     def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of its own under any name."""
         if name in (_V13, _V2) and name not in held:  # a step that neither reads nor writes it needs none
             return like
         if name in held and held[name].numel() >= math.prod(shape):
