@@ -1,4 +1,4 @@
-"""What one process a GPU does with NCCL, each beside the same layer on its GPU alone.
+"""What processes do on GPUs: one a GPU with NCCL, or all of them on one GPU with gloo; each beside the layer alone.
 
 All of it is one start of processes, since importing torch and starting NCCL takes longer than everything else here.
 """
@@ -61,6 +61,8 @@ CASES = {
     "both-plain": Case(("ep", "tp"), "all_gather"),
     "both-fully": Case(("ep", "tp"), "all_to_all", fully=True),
 }
+# torch's gloo takes a GPU's address for the host's where several tensors are gathered at once, and the process ends.
+SHARED = [name for name, case in CASES.items() if case.exchange != "all_gather"]
 REPLAYED = ("tp-plain", "tp-fully", "ep-none", "ep-rows", "ep-pieces")
 
 
@@ -214,19 +216,25 @@ def whole_models(device: torch.device, folder: Path) -> str:
     return "" if off < 2.0**-8 else f"logits under a plan are off by {off:.2e}"
 
 
-def run(rank: int, world: int, folder: str) -> None:
-    """One of the processes: do everything and leave what was found in ``folder``."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}  # as torchrun does
-    device = torch.device("cuda", rank)
+def run(rank: int, world: int, transport: str, folder: str) -> None:
+    """One of the processes: do everything and leave what was found in ``folder``.
+
+    gloo copies through the host, which waits: no graph is captured with it, and `generate` would capture some.
+    """
+    nccl = transport == "nccl"
+    place = rank if nccl else 0
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(place), "WORLD_SIZE": str(world)}  # as torchrun does
+    device = torch.device("cuda", place)
     torch.cuda.set_device(device)
     store = dist.FileStore(f"{folder}/store", world)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    dist.init_process_group(f"cpu:gloo,cuda:{transport}", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     found: dict[str, str] = {}
     with torch.no_grad():
-        for name, case in CASES.items():
-            found[name] = compared(case, device)
-        for name in REPLAYED:
+        for name in CASES if nccl else SHARED:
+            found[name] = compared(CASES[name], device)
+        for name in REPLAYED if nccl else ():
             found[f"graph of {name}"] = replayed(CASES[name], device)
-    found["models"] = whole_models(device, Path(folder) / f"attention-{rank}")
+    if nccl:
+        found["models"] = whole_models(device, Path(folder) / f"attention-{rank}")
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
