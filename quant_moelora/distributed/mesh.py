@@ -62,7 +62,10 @@ class Group:
         """`all_gather` of several tensors at once, each to be given to `arrived` before it is read."""
         if self.size == 1:
             return tensors
-        return _ops.all_gather_into_tensor_coalesced([x.contiguous() for x in tensors], self.size, self.name)
+        parts = [x.contiguous() for x in tensors]
+        if parts[0].is_cpu:  # gloo would send all of them in one promoted dtype and read them in the first one's
+            return [_ops.all_gather_into_tensor(x, self.size, self.name) for x in parts]
+        return _ops.all_gather_into_tensor_coalesced(parts, self.size, self.name)
 
     def start_reduce_scatter(
         self,

@@ -1,4 +1,4 @@
-"""What processes do on GPUs: one a GPU with NCCL, or all of them on one GPU with gloo; each beside the layer alone.
+"""What processes do on GPUs: one a GPU with NCCL, or all on one GPU with gloo; each beside the layer alone.
 
 All of it is one start of processes, since importing torch and starting NCCL takes longer than everything else here.
 """
@@ -6,6 +6,7 @@ All of it is one start of processes, since importing torch and starting NCCL tak
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from quant_moelora.core.quant_info import MoEQuantInfo
 from quant_moelora.core.shard import ParallelConfig
 from quant_moelora.distributed.layer import DistributedExperts, Exchange
-from quant_moelora.distributed.mesh import ExpertMesh
+from quant_moelora.distributed.mesh import ExpertMesh, Group
 from quant_moelora.kernels.common.timing import graph_of
 from quant_moelora.layer import MoEExperts
 from quant_moelora.lora.adapter_file import LayerFactors
@@ -61,16 +62,46 @@ CASES = {
     "both-plain": Case(("ep", "tp"), "all_gather"),
     "both-fully": Case(("ep", "tp"), "all_to_all", fully=True),
 }
-# torch's gloo takes a GPU's address for the host's where several tensors are gathered at once, and the process ends.
-SHARED = [name for name, case in CASES.items() if case.exchange != "all_gather"]
 REPLAYED = ("tp-plain", "tp-fully", "ep-none", "ep-rows", "ep-pieces")
 
 
-def mesh_of(case: Case, device: torch.device) -> ExpertMesh:
+class HostGroup(Group):
+    """A group that speaks through the host: torch's gloo ends the process where it should gather a GPU's tensors."""
+
+    def arrived(self, x: Tensor) -> Tensor:
+        """What came to the GPU has arrived."""
+        return x if x.is_cuda else super().arrived(x)
+
+    def start_all_reduce(self, x: Tensor) -> Tensor:
+        """Start and end it."""
+        return self.arrived(super().start_all_reduce(x.cpu())).to(x.device)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """As on GPUs."""
+        return super().all_gather(x.cpu()).to(x.device)
+
+    def start_all_gather(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Start and end it."""
+        device = tensors[0].device
+        return [self.arrived(x).to(device) for x in super().start_all_gather([x.cpu() for x in tensors])]
+
+    def start_reduce_scatter(self, x: Tensor) -> Tensor:
+        """Start and end it."""
+        return self.arrived(super().start_reduce_scatter(x.cpu())).to(x.device)
+
+    def all_to_all(self, x: Tensor, given: Sequence[int], taken: Sequence[int]) -> Tensor:
+        """As on GPUs."""
+        return super().all_to_all(x.cpu(), given, taken).to(x.device)
+
+
+def mesh_of(case: Case, device: torch.device, *, host: bool = False) -> ExpertMesh:
     """All processes, in one dimension, or two tensor parallel ones of each part of the experts."""
     world = dist.get_world_size()
     sizes = (world,) if len(case.dims) == 1 else (world // 2, 2)
-    return ExpertMesh(init_device_mesh(device.type, sizes, mesh_dim_names=case.dims), fully_sharded_lora=case.fully)
+    mesh = ExpertMesh(init_device_mesh(device.type, sizes, mesh_dim_names=case.dims), fully_sharded_lora=case.fully)
+    if host:
+        mesh.tp, mesh.ep = (HostGroup(group.name, group.rank, group.size) for group in (mesh.tp, mesh.ep))
+    return mesh
 
 
 def whole_layer() -> MoEQuantInfo:
@@ -106,9 +137,9 @@ def batch(rank: int, count: int, device: torch.device, seed: int = 0) -> tuple[T
     return x.to(device), ids.to(device), weights.to(device), slots.to(device)
 
 
-def compared(case: Case, device: torch.device) -> str:
+def compared(case: Case, device: torch.device, *, host: bool = False) -> str:
     """Compute a case in parallel and alone; what is wrong with it, or ""."""
-    mesh, whole = mesh_of(case, device), whole_layer()
+    mesh, whole = mesh_of(case, device, host=host), whole_layer()
     part = whole.part(mesh.config).to(device)
     alone = MoEExperts(whole.to(device), BACKEND)
     shared = DistributedExperts(
@@ -216,25 +247,25 @@ def whole_models(device: torch.device, folder: Path) -> str:
     return "" if off < 2.0**-8 else f"logits under a plan are off by {off:.2e}"
 
 
-def run(rank: int, world: int, transport: str, folder: str) -> None:
+def run(rank: int, world: int, folder: str, share: bool) -> None:
     """One of the processes: do everything and leave what was found in ``folder``.
 
-    gloo copies through the host, which waits: no graph is captured with it, and `generate` would capture some.
+    Where processes ``share`` a GPU they wait on the host: no graph is captured, and `generate` would capture some.
     """
-    nccl = transport == "nccl"
-    place = rank if nccl else 0
+    place = 0 if share else rank
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(place), "WORLD_SIZE": str(world)}  # as torchrun does
     device = torch.device("cuda", place)
     torch.cuda.set_device(device)
     store = dist.FileStore(f"{folder}/store", world)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group(f"cpu:gloo,cuda:{transport}", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    transport = "gloo" if share else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(transport, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     found: dict[str, str] = {}
     with torch.no_grad():
-        for name in CASES if nccl else SHARED:
-            found[name] = compared(CASES[name], device)
-        for name in REPLAYED if nccl else ():
+        for name, case in CASES.items():
+            found[name] = compared(case, device, host=share)
+        for name in () if share else REPLAYED:
             found[f"graph of {name}"] = replayed(CASES[name], device)
-    if nccl:
+    if not share:
         found["models"] = whole_models(device, Path(folder) / f"attention-{rank}")
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

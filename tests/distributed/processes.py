@@ -172,6 +172,21 @@ def compared_by_exchange(meshes: Meshes, spared: int) -> tuple[str, bool]:
         return compared(Case(FOUR_EP, "auto"), meshes.ep4), deliver.called
 
 
+def gathered(mesh: DeviceMesh) -> list[bool]:
+    """Whether tensors that are gathered at once, each of a dtype of its own, are those of all processes."""
+    group = ExpertMesh(mesh).ep
+
+    def held(rank: int) -> list[Tensor]:
+        """A process's; the integers are in no float32."""
+        generator = torch.Generator().manual_seed(rank)
+        floats = torch.randn(2, 5, generator=generator)
+        return [floats.bfloat16(), torch.tensor([[2**24 + 1 + 2 * rank] * 3] * 2, dtype=torch.int32), floats.exp()]
+
+    found = [group.arrived(x) for x in group.start_all_gather(held(group.rank))]
+    expected = [torch.cat(parts) for parts in zip(*map(held, range(group.size)), strict=True)]
+    return [torch.equal(one, other) for one, other in zip(found, expected, strict=True)]
+
+
 def bounds(
     info: MoEQuantInfo,
     held: Mapping[str, LayerFactors],
@@ -327,6 +342,7 @@ def run(rank: int, folder: str) -> None:
     meshes = Meshes(**line, square=init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp")))
     found |= {name: compared(case, meshes.of(case.dims)) for name, case in CASES.items()}
     found["auto"] = [compared_by_exchange(meshes, spared) for spared in (0, layer_module._SPARED_BYTES)]
+    found["gathered"] = gathered(meshes.ep4)
     found["wrong"] = {
         name: compared(CASES[name], meshes.of(CASES[name].dims), wrong=True) for name in ("ep4-gather", "tp2-plain")
     }

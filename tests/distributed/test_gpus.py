@@ -14,23 +14,23 @@ Found = list[dict[str, str]]
 SHARING = 4  # processes on one GPU
 
 
-def started(world: int, transport: str, folder: Path) -> Found:
+def started(world: int, folder: Path, *, share: bool) -> Found:
     """What each of ``world`` processes found, by rank."""
-    spawn(gpus.run, (world, transport, str(folder)), world)
+    spawn(gpus.run, (world, str(folder), share), world)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """With NCCL, a process a GPU."""
-    return started(torch.cuda.device_count(), "nccl", tmp_path_factory.mktemp("processes"))
+    return started(torch.cuda.device_count(), tmp_path_factory.mktemp("processes"), share=False)
 
 
 @pytest.mark.gpu
 def test_layers_whose_processes_share_a_gpu(tmp_path: Path) -> None:
     """With gloo, as NCCL wants a GPU for each: the kernels on four parts of a layer, where there is one GPU."""
-    right = dict.fromkeys(gpus.SHARED, "")
-    assert started(SHARING, "gloo", tmp_path) == [right] * SHARING
+    right = dict.fromkeys(gpus.CASES, "")
+    assert started(SHARING, tmp_path, share=True) == [right] * SHARING
 
 
 @pytest.mark.multi_gpu

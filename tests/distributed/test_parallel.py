@@ -36,6 +36,10 @@ def test_auto_takes_what_all_processes_gain_by(found: Found) -> None:
     assert [of_rank["auto"] for of_rank in found] == [[("", True), ("", False)]] * WORLD
 
 
+def test_tensors_of_several_dtypes_are_gathered_at_once(found: Found) -> None:
+    assert [of_rank["gathered"] for of_rank in found] == [[True] * 3] * WORLD
+
+
 def test_other_adapters_are_seen(found: Found) -> None:
     """The bounds tell another adapter apart, on the process whose tokens use it."""
     assert "outputs are off" in found[0]["wrong"]["ep4-gather"]
