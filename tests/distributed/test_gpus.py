@@ -11,7 +11,7 @@ from torch.multiprocessing.spawn import spawn
 from tests.distributed import gpus
 
 Found = list[dict[str, str]]
-SHARING = 4  # processes on one GPU
+WORLD = 4  # processes that share a GPU
 
 
 def started(world: int, folder: Path, *, share: bool) -> Found:
@@ -29,8 +29,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 @pytest.mark.gpu
 def test_layers_whose_processes_share_a_gpu(tmp_path: Path) -> None:
     """With gloo, as NCCL wants a GPU for each: the kernels on four parts of a layer, where there is one GPU."""
-    right = dict.fromkeys(gpus.CASES, "")
-    assert started(SHARING, tmp_path, share=True) == [right] * SHARING
+    right = dict.fromkeys(gpus.SHARING, "")
+    assert started(WORLD, tmp_path, share=True) == [right] * WORLD
 
 
 @pytest.mark.multi_gpu
