@@ -108,6 +108,15 @@ def forwards(
     return {who: calls for who, calls in made.items() if calls}
 
 
+def launches(call: Callable[[], object]) -> int:
+    """Kernels of a call that ran before, so that nothing compiles or grows in it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
+    return sum(event.device_type == cuda for event in profile.events() or ())
+
+
 def measure(job: Job, layers: Layers, rounds: int) -> list[dict[str, object]]:
     """Rows of a case."""
     case, cache = job.case(), torch.cuda.get_device_properties(0).L2_cache_size
@@ -130,6 +139,7 @@ def measure(job: Job, layers: Layers, rounds: int) -> list[dict[str, object]]:
         row |= {"floor_us": f"{least:.2f}", "over_floor": f"{middle / least:.3f}", "lora_floor_us": f"{lora_floor:.2f}"}
         row |= {"added_us": f"{middle - base:.2f}", "added_part": f"{middle / base - 1:.3f}"}
         row |= {"active_experts": f"{case.active:.1f}", "active_pairs": f"{pairs:.1f}"}
+        row |= {"launches": launches(works[who][0])}
         rows.append(row)
         print(*(row.get(column, "") for column in COLUMNS), flush=True)
     return rows
